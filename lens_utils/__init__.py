@@ -1,0 +1,35 @@
+"""The thin library under the numbered experiments.
+
+Axes, as they are named in every shape of this package:
+
+    batch      prompts run together                 d_model   residual stream
+    pos        token positions of a prompt          d_head    one head's queries, keys or values
+    layer      blocks, 0 .. n_layers - 1            d_mlp     MLP neurons
+    depth      residual states, 0 .. n_layers:      d_vocab   vocabulary
+               0 is the embedding, l + 1 the        head      query heads
+               output of block l                    kv_head   key/value heads (fewer than heads in GQA)
+
+Who may import whom (a test holds it): mathematics on arrays (`stats`) < what touches a model
+(`models`, `checkpoints`, `prompts`, `cache`, `lens`, `corpus`, `generate`) < the run
+(`experiment`, `viz`, `report`, `__main__`).
+
+`from lens_utils import lens` gives a module that is loaded when it is first used, so that a run.py
+can name what it needs at its top and still answer `--help` without waiting for torch.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+
+class _WhenUsed(ModuleType):
+    """Stands for a module of this package until one of its names is asked for."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _WhenUsed(f"{__name__}.{name}")
