@@ -1,0 +1,81 @@
+"""Text to fit and to test on, from what is on every machine that can run the lab."""
+
+import ast
+import hashlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("networkx", "sklearn")
+
+
+@dataclass(frozen=True)
+class Doc:
+    """One document: where it is from and its text."""
+
+    id: str
+    text: str
+
+    @property
+    def split(self) -> str:
+        """fit, validation or test, by a digest of the text: a document is never in two."""
+        return {0: "test", 1: "validation"}.get(_number(self.text) % 10, "fit")
+
+
+def docstrings(
+    characters: int, packages: tuple[str, ...] = PACKAGES, shortest: int = 300
+) -> list[Doc]:
+    """About so many characters of English from the docstrings of installed packages.
+
+    A document is one docstring's prose: paragraphs that are sentences, joined. Files are taken in
+    the order of a digest of their names, which mixes the packages. The text depends on the
+    packages' versions: say its `digest` with every result.
+    """
+    docs: dict[str, Doc] = {}
+    total = 0
+    for name, path in sorted(_sources(packages), key=lambda f: _number(f[0])):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
+                continue
+            text = "\n\n".join(_sentences(ast.get_docstring(node) or ""))
+            if len(text) >= shortest and text not in docs:
+                docs[text] = Doc(f"{name}:{getattr(node, 'name', '')}", text)
+                total += len(text)
+        if total >= characters:
+            break
+    return list(docs.values())
+
+
+def _sources(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations or [] if spec else []:
+            for path in Path(folder).rglob("*.py"):
+                if "tests" not in path.parts:
+                    yield str(path.relative_to(Path(folder).parent)), path
+
+
+def _number(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def _sentences(docstring: str) -> list[str]:
+    """The paragraphs that read as English: no lists, tables, signatures or code."""
+    paragraphs = (re.sub(r"\s+", " ", p).strip() for p in re.split(r"\n\s*\n", docstring))
+    return [
+        p
+        for p in paragraphs
+        if len(p) > 80
+        and p[0].isupper()
+        and p.endswith(".")
+        and "--" not in p
+        and " : " not in p
+        and sum(c.isalpha() or c == " " for c in p) > 0.93 * len(p)
+    ]
+
+
+def digest(docs: list[Doc]) -> str:
+    """A short name of exactly this text, for the manifest."""
+    return hashlib.sha256("\0".join(doc.text for doc in docs).encode()).hexdigest()[:16]
