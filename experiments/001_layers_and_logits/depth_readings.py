@@ -130,7 +130,7 @@ class Session:
 
         Intervals over documents: neighbours in one text are not independent.
         """
-        held, document = self.held_out("test", 32 if self.cfg.quick else 256)
+        held, document = self.held_out("test", 32 if self.cfg.quick else 128)
         final = lens.reference(self.readout.read(held[-1]))
         other, _ = self.held_out("validation", 48)
         mean_p = self.readout.read(other[-1]).softmax(-1).mean(0)
