@@ -164,9 +164,9 @@ def wrap(
         hf, architecture, hf_config=hf.config, device=hf.get_input_embeddings().weight.device
     )
     bridge.cfg.n_devices = len(set(spread.values())) if spread else 1
-    bridge.eval().requires_grad_(False)
     if fold:
         bridge.enable_compatibility_mode()
+    bridge.eval().requires_grad_(False)  # folding makes new parameters
     bos = bos_ids(tokenizer, spec.bos)
     identity = {
         **weights.identity(spec, path),

