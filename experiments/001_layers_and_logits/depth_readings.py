@@ -14,7 +14,7 @@ from lens_utils.models import LoadedModel
 from lens_utils.prompts import Encoded, Prompt, derange, encode
 
 QUICK = {"facts": 14, "direction": 16, "formats": 18}
-PENALTIES = (1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
 WINDOW = 128  # tokens of a document that are used
 
@@ -165,11 +165,10 @@ class Session:
             for i, depth in enumerate(self.depths):
                 x = resid[:, i]
                 norm, raw = self.readout.read_both(x)
-                lenses = {
-                    "norm": norm,
-                    "raw": raw,
-                    "ridge": self.readout.translate(x, translators[i]),
-                }
+                # At the last depth the map to fit is known: it is ln_final itself.
+                last = depth == self.model.n_layers
+                ridged = norm if last else self.readout.translate(x, translators[i])
+                lenses = {"norm": norm, "raw": raw, "ridge": ridged}
                 if self.cfg.lens == "next_ln1":
                     lenses["next_ln1"] = self.readout.read_next(x, depth)
                 for name, logits in lenses.items():

@@ -126,9 +126,16 @@ def summarise(
         stable.loc["norm"].to_numpy(float) - stable.loc["ridge"].to_numpy(float)
     )
     for family, rows in of_facts.loc["ridge"].groupby("family", sort=False):
-        out[f"the same through the ridge lens, {family} facts (%)"] = ci(
+        out[f"the same for {family} facts, ridge lens (%)"] = ci(
             rows.L_semantic_stable.to_numpy(float)
         )
+    ridge = facts_by_depth(readout, "ridge", "answer_rank").eq(1)
+    gains = ridge.mean().diff()
+    block = int(readout.depth.max() * gains.idxmax() / 100 + 0.5) - 1
+    out["block that brings most answers on top, ridge lens"] = block
+    out["answers it brings on top (share of facts)"] = ci(
+        ridge.astype(float).diff(axis=1)[gains.idxmax()].to_numpy()
+    )
     copied = of_facts.loc["norm"]["L_copy_0.95"].notna().to_numpy()
     out["facts with a copy phase (L_copy at 0.95)"] = ci(copied)
     middle = nearest(readout, 50)
