@@ -32,4 +32,6 @@ class _WhenUsed(ModuleType):
 def __getattr__(name: str) -> ModuleType:
     if not Path(__file__).with_name(f"{name}.py").exists():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _WhenUsed(f"{__name__}.{name}")
+    full = f"{__name__}.{name}"
+    # viz gives every figure its look from the moment it is imported, so it does not wait.
+    return importlib.import_module(full) if name == "viz" else _WhenUsed(full)

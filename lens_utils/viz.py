@@ -61,19 +61,30 @@ def add_band(
                     **place)  # fmt: skip
 
 
-def token_table(tokens: pd.DataFrame, title: str) -> go.Figure:
-    """Top tokens (columns) by depth (rows), shaded by probability; the answer is framed.
+def add_estimates(
+    fig: go.Figure, estimates: Mapping[str, Mapping[str, float]], name: str, colour: str
+) -> None:
+    """Bars of estimates (value, low, high), one per label, with their intervals."""
+    found = pd.DataFrame(estimates).T
+    fig.add_bar(
+        x=list(estimates),
+        y=found.value,
+        name=name,
+        marker_color=colour,
+        error_y={"symmetric": False, "array": found.high - found.value,
+                 "arrayminus": found.value - found.low},
+    )  # fmt: skip
 
-    `tokens` has depth, rank, token, p and is_answer for one prompt.
-    """
-    wide = tokens.pivot(index="depth", columns="rank")
-    p, text, answer = wide["p"], wide["token"].fillna(""), wide["is_answer"]
-    labels = ["embedding" if d == 0 else f"after block {d - 1}" for d in p.index]
+
+def token_table(
+    p: pd.DataFrame, tokens: pd.DataFrame, framed: pd.DataFrame, title: str
+) -> go.Figure:
+    """Tokens shaded by their probability, some of them framed; three tables of one shape."""
     fig = go.Figure(
         go.Heatmap(
             z=p,
             x=[f"top {rank}" for rank in p.columns],
-            y=labels,
+            y=list(p.index),
             colorscale=[[0, "#F7FBFF"], [0.5, "#6BAED6"], [1, "#08519C"]],
             zmin=0,
             zmax=1,
@@ -81,19 +92,19 @@ def token_table(tokens: pd.DataFrame, title: str) -> go.Figure:
             hovertemplate="%{y}, %{x}: p = %{z:.6f}<extra></extra>",
         )
     )
-    for i, depth in enumerate(p.index):
-        for j, rank in enumerate(p.columns):
-            value = p.loc[depth, rank]
-            label = f"{shown(text.loc[depth, rank])} <i>{value:.2f}</i>"
+    for i in range(p.shape[0]):
+        for j in range(p.shape[1]):
+            value = p.iloc[i, j]
+            label = f"{shown(tokens.iloc[i, j])} <i>{value:.2f}</i>"
             colour = "white" if value > 0.45 else "#222"
             fig.add_annotation(x=j, y=i, text=label, showarrow=False,
                                font={"size": 12, "color": colour})  # fmt: skip
-            if answer.loc[depth, rank]:
+            if framed.iloc[i, j]:
                 fig.add_shape(type="rect", x0=j - 0.5, x1=j + 0.5, y0=i - 0.5, y1=i + 0.5,
                               line={"color": RED, "width": 2.5})  # fmt: skip
-    fig.update_yaxes(autorange="reversed", showgrid=False)
+    fig.update_yaxes(autorange="reversed", showgrid=False, type="category")
     fig.update_xaxes(side="top", showgrid=False)
-    fig.update_layout(title=title, height=150 + 27 * len(labels), margin={"l": 130, "t": 100})
+    fig.update_layout(title=title, height=150 + 27 * len(p), margin={"l": 130, "t": 100})
     return fig
 
 
