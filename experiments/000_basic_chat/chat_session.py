@@ -6,10 +6,11 @@ typed and what they wrote, line after line.
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 from typing import Any
 
-from lens_utils import files, generate, provenance
+from lens_utils import files, generate
 from lens_utils.errors import BadInput
 from lens_utils.experiment import Run, say
 from lens_utils.generate import Step
@@ -19,6 +20,15 @@ TOP = 5
 
 
 def talk(cfg, run: Run) -> None:
+    """Talk; a conversation in which nothing was said leaves no folder behind."""
+    try:
+        converse(cfg, run)
+    finally:
+        if not (run.folder / "transcript.json").exists():
+            shutil.rmtree(run.folder)
+
+
+def converse(cfg, run: Run) -> None:
     """Answer --prompt or what is piped in, else talk until /quit or Ctrl-D."""
     text = cfg.prompt
     if text is None and not sys.stdin.isatty():
@@ -126,7 +136,6 @@ class Conversation:
         record = {
             "model": self.model.identity,
             "settings": dataclasses.asdict(self.cfg),
-            **provenance.environment(),
             "conversations": [*self.past, self.turns],
         }
         files.write(self.path, record)

@@ -10,9 +10,13 @@ from __future__ import annotations
 import datetime
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lens_utils import prompts
 from lens_utils.experiment import BaseConfig, Run, launch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -54,30 +58,29 @@ def main(cfg: Config, run: Run) -> None:
 
         return chat_session.talk(cfg, run)
 
-    import chat_answers as chat  # needs pandas and torch: --help does not wait for them
+    import chat_answers as ask  # these need torch and pandas: --help does not wait for them
+    import chat_tables as table
 
     examples = prompts.load(__file__, "examples")
-    questions = chat.choose(prompts.load(__file__, "questions"), cfg)
-    # 1. Greedy answers to every question, and to its words in another order: a question that only
-    #    names the topic.
-    put = [chat.Put(q, c) for c in ("asked", "words shuffled") for q in questions]
-    asked = run.chunks(
-        "asked.parquet", put, 24, lambda part: chat.answer(cfg, run.model(), part, examples)
-    )
-    # 2. The same questions to a model that has learned nothing.
-    put = [chat.Put(q, "untrained twin") for q in questions]
-    null = run.chunks(
-        "untrained.parquet",
-        put,
-        24,
-        lambda part: chat.answer(cfg, run.model(random_init=True), part, examples),
-    )
-    # 3. Which answers are right; how sure the model was; what it weighed at each step.
-    answers = run.stage("answers.csv", lambda: chat.grade([asked, null], questions))
-    run.stage("steps.csv", lambda: chat.first_steps(asked, questions))
-    # 4. One answer at a time, as in a conversation: the same tokens, and how fast they come.
-    run.stage("speed.json", lambda: chat.speed(cfg, run.model(), questions, examples, asked))
-    run.stage("summary.json", lambda: chat.summarise(answers, cfg.seed))
+    questions = ask.choose(prompts.load(__file__, "questions"), cfg)
+
+    def answer(name: str, put: list[ask.Put], untrained: bool = False) -> pd.DataFrame:
+        return run.chunks(
+            name, put, 24, lambda part: ask.answer(cfg, run.model(untrained), part, examples)
+        )
+
+    # 1. Greedy answers to every question, and to its words in another order, which name the topic
+    #    and no more; and a model's that has learned nothing (a quick run asks it every other one).
+    put = [ask.Put(q, c) for c in ("asked", "words shuffled") for q in questions]
+    asked = answer("asked.parquet", put)
+    put = [ask.Put(q, "untrained twin") for q in questions[:: 2 if cfg.quick else 1]]
+    null = answer("untrained.parquet", put, untrained=True)
+    # 2. Which are right, how sure the model was, and what else it weighed at each step.
+    answers = run.stage("answers.csv", lambda: table.grade([asked, null], questions))
+    run.stage("steps.csv", lambda: table.first_steps(asked, questions))
+    # 3. One answer at a time, as in a conversation: the same tokens, and how fast they come.
+    run.stage("speed.json", lambda: ask.speed(cfg, run.model(), questions, examples, asked))
+    run.stage("summary.json", lambda: table.summarise(answers, cfg.seed))
 
 
 if __name__ == "__main__":
