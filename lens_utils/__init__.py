@@ -7,7 +7,7 @@ Axes, as they are named in every shape of this package:
     layer      blocks, 0 .. n_layers - 1            d_mlp     MLP neurons
     depth      residual states, 0 .. n_layers:      d_vocab   vocabulary
                0 is the embedding, l + 1 the        head      query heads
-               output of block l                    kv_head   key/value heads (fewer than heads in GQA)
+               output of block l                    kv_head   key/value heads (fewer in GQA)
 
 Who may import whom (a test holds it): mathematics on arrays (`stats`) < what touches a model
 (`models`, `checkpoints`, `prompts`, `cache`, `lens`, `corpus`, `generate`) < the run

@@ -129,10 +129,11 @@ def embedded() -> None:
 
 
 def figures(args: list[str]) -> int:
-    for experiment in choose(args):
-        for results in runs(provenance.outputs() / experiment.name):
-            if results.finished:
-                say(f"{provenance.shown(results.folder)}: {notebook.draw(results)}")
+    found = [r for e in choose(args) for r in runs(provenance.outputs() / e.name) if r.finished]
+    if not found:
+        say("no finished run to draw: ./lab run makes one")
+    for results in found:
+        say(f"{provenance.shown(results.folder)}: {notebook.draw(results)}")
     return 0
 
 
@@ -216,6 +217,7 @@ def new(args: list[str]) -> int:
         raise BadInput("give it a number and a name: ./lab new 023_name")
     for path in skeleton.write(args[0], experiments()):
         say(f"wrote {provenance.shown(path)}")
+    report.write_all([], experiments())
     say(f"next: ./lab run {args[0][:3]} --quick")
     return 0
 

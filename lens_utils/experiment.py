@@ -80,7 +80,7 @@ class Run:
             parts = self.folder / "parts"
             if not manifest:
                 shutil.rmtree(parts, ignore_errors=True)  # of whatever settings
-            if not manifest.get("stages") and not any(parts.glob("*/*")):
+            if not (manifest and manifest["stages"]) and not any(parts.glob("*/*")):
                 manifest = {
                     "experiment": self.experiment,
                     "variant": self.cfg.variant,
@@ -180,7 +180,7 @@ class Run:
         with self._alone(name):
             if self._holds(name):
                 return files.read(self.folder / name)
-        if not items:
+        if len(items) == 0:
             raise BadInput(f"{self.experiment}: nothing is left to compute {name} from")
         start = time.perf_counter()
         i, n = self.cfg.part_of

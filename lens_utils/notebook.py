@@ -34,6 +34,7 @@ def draw(results: Results) -> str:
             str(target),
             parameters={"run_dir": str(results.folder)},
             kernel_name="python3",
+            language="python",
             progress_bar=False,
             extra_arguments=["--log-level=ERROR"],
         )
@@ -62,4 +63,5 @@ def browser() -> bool:
     """Whether there is a browser to make PNG with."""
     from choreographer.browsers.chromium import Chromium
 
-    return Chromium.find_browser(skip_local=False) is not None
+    found = Chromium.find_browser(skip_local=False)
+    return found is not None and Path(found).exists()

@@ -48,13 +48,14 @@ def environment() -> dict[str, object]:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         versions[name] = importlib.metadata.version(name)
-    program = Path(sys.argv[0])
-    command = shlex.join(["./lab" if program.stem == "__main__" else program.name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).resolve()
+    typed = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else program.name
+    typed = "./lab" if program.name == "__main__.py" else typed
     return {
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}",
         "git": commit(),
-        "command": command,
+        "command": shlex.join([typed, *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

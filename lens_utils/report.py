@@ -4,7 +4,6 @@ The numbers a finding rests on are committed beside it, results/<run>.json, one 
 block in analyses.md is drawn from these files and nothing else. Hand-written text is never touched.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -34,8 +33,7 @@ def gather(experiment: Path) -> list[str]:
             "models": run.manifest["models"],
         }
         old = files.read(target) if target.exists() else {}
-        # As text: NaN does not equal itself.
-        if any(json.dumps(old.get(key)) != json.dumps(value) for key, value in new.items()):
+        if any(old.get(key) != value for key, value in new.items()):
             origin = {key: run.manifest[key] for key in ("git", "versions", "machine", "command")}
             files.write(target, new | {"origin": origin})
             changed.append(f"results/{target.name}")
@@ -62,7 +60,7 @@ def block(experiment: Path) -> str:
     held = {path.stem: files.read(path) for path in sorted((experiment / "results").glob("*.json"))}
     if not held:
         return "No finished run yet."
-    columns = sorted(held, key=lambda name: (name.endswith(QUICK), name != "smol", name))
+    columns = sorted(held, key=lambda n: (n.endswith(QUICK), n.removesuffix(QUICK) != "smol", n))
     labels = dict.fromkeys(label for name in columns for label in held[name]["summary"])
     lines = ["| | " + " | ".join(c.replace(QUICK, " (quick)") for c in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
@@ -72,7 +70,7 @@ def block(experiment: Path) -> str:
     lines.append("")
     for name in columns:
         model = next(iter(held[name]["models"].values()), {})
-        said = [f"{key} {model[key]}" for key in ("dtype", "bos", "weights") if model.get(key)]
+        said = [f"{key} `{model[key]}`" for key in ("dtype", "bos", "weights") if model.get(key)]
         commit = held[name]["origin"]["git"] or "no commit"
         source = f"{model.get('source', '?')} {str(model.get('sha256', ''))[:12]}".strip()
         lines.append(f"- {name.replace(QUICK, ' (quick)')}: {source}; {', '.join(said)}; seed "

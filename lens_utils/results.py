@@ -6,16 +6,21 @@ from typing import Any
 from lens_utils import files, provenance
 from lens_utils.errors import BadInput
 
+KEYS = {"settings", "quick", "tag", "code", "models", "upstream", "stages"}
+
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run folder, {} where there is none. Raises BadInput for a damaged one."""
     path = folder / "manifest.json"
     try:
-        return files.read(path)
+        manifest = files.read(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
-        raise BadInput(f"{provenance.shown(path)} is damaged: start over with --fresh") from None
+        manifest = None
+    if not isinstance(manifest, dict) or not manifest.keys() >= KEYS:
+        raise BadInput(f"{provenance.shown(path)} is damaged: start over with --fresh")
+    return manifest
 
 
 class Results:

@@ -126,7 +126,7 @@ def summarise(
         stable.loc["norm"].to_numpy(float) - stable.loc["ridge"].to_numpy(float)
     )
     for family, rows in of_facts.loc["ridge"].groupby("family", sort=False):
-        out[f"the same for {family} facts, ridge lens (%)"] = ci(
+        out[f"depth from which it stays on top, {family} facts, ridge lens (%)"] = ci(
             rows.L_semantic_stable.to_numpy(float)
         )
     ridge = facts_by_depth(readout, "ridge", "answer_rank").eq(1)
