@@ -224,6 +224,21 @@ class Run:
         raise BadInput(f"{self.experiment} reads {name} of {experiment}, which is not there: "
                        f"./lab run {experiment[:3]} --model {self.cfg.model}{quick}")  # fmt: skip
 
+    @property
+    def done(self) -> bool:
+        """Whether summary.json, the last stage, and all before it are there whole, of this code,
+        and rest on tables of other experiments that are still the same."""
+        manifest = read_manifest(self.folder)
+        stages, outputs = manifest["stages"], provenance.outputs()
+        for table, held in manifest["upstream"].items():
+            experiment, name = table.split("/", 1)
+            now = read_manifest(outputs / experiment / held["run"]).get("stages", {}).get(name, {})
+            if not now.get("sha256", "").startswith(held["sha256"]):
+                return False
+        return "summary.json" in stages and all(
+            stage["code"] == self._code and self._holds(name) for name, stage in stages.items()
+        )
+
     # While it runs
 
     def model(self, random_init: bool = False, fold: bool = False) -> "LoadedModel":
@@ -267,5 +282,6 @@ def execute(
     """Run one experiment on command-line arguments; its Run afterwards."""
     cfg = configure(config, main, source, args)
     run = Run(source, cfg)
-    main(cfg, run)
+    if not run.done:
+        main(cfg, run)
     return run

@@ -200,6 +200,36 @@ def test_changed_code_is_said_also_where_there_are_only_parts(toy, tmp_path, cap
     assert "the code changed" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_not_entered_again(toy, tmp_path):
+    """Unless a stage is damaged, the code is another, or what it read has changed."""
+    entered = []
+    other = tmp_path / "005_other" / "run.py"
+    other.parent.mkdir()
+    other.write_text("")
+
+    def maker(cfg: Config, run: Run) -> None:
+        run.stage("scores.json", lambda: cfg.tau)
+
+    def main(cfg: Config, run: Run) -> None:
+        entered.append(run)
+        run.stage("read.json", lambda: run.upstream("005_other", "scores.json"))
+        run.stage("summary.json", lambda: {"x": 1})
+
+    execute(Config, maker, other, [])
+    run = toy(main)
+    toy(main)
+    assert len(entered) == 1
+    (run.folder / "read.json").write_text("7")
+    toy(main)
+    assert len(entered) == 2 and files.read(run.folder / "read.json") == 1
+    execute(Config, maker, other, ["--fresh", "--tau", "2"])
+    toy(main)
+    assert len(entered) == 3
+    (tmp_path / "999_toy" / "run.py").write_text("# another digest")
+    toy(main)
+    assert len(entered) == 4
+
+
 # Upstream and models
 
 
