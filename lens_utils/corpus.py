@@ -20,8 +20,8 @@ class Doc:
 
     @property
     def split(self) -> str:
-        """fit, validation or test, by a digest of the text: a document is never in two."""
-        return {0: "test", 1: "validation"}.get(_number(self.text) % 10, "fit")
+        """fit, validation or test, by a digest of the file: its texts are never in two."""
+        return {0: "test", 1: "validation"}.get(_number(self.id.partition(":")[0]) % 10, "fit")
 
 
 def docstrings(
@@ -33,19 +33,22 @@ def docstrings(
     the order of a digest of their names, which mixes the packages. The text depends on the
     packages' versions: say its `digest` with every result.
     """
-    docs: dict[str, Doc] = {}
+    docs: list[Doc] = []
+    seen: set[str] = set()  # paragraphs are copied from one docstring to the next
     total = 0
     for name, path in sorted(_sources(packages), key=lambda f: _number(f[0])):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
                 continue
-            text = "\n\n".join(_sentences(ast.get_docstring(node) or ""))
-            if len(text) >= shortest and text not in docs:
-                docs[text] = Doc(f"{name}:{getattr(node, 'name', '')}", text)
+            new = [p for p in _sentences(ast.get_docstring(node) or "") if p not in seen]
+            seen.update(new)
+            text = "\n\n".join(new)
+            if len(text) >= shortest:
+                docs.append(Doc(f"{name}:{getattr(node, 'name', '')}", text))
                 total += len(text)
         if total >= characters:
             break
-    return list(docs.values())
+    return docs
 
 
 def _sources(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:

@@ -32,7 +32,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_utils.errors import BadInput
+from lens_utils.errors import BadInput, Failure
 
 BITS = 1 / math.log(2)
 
@@ -243,8 +243,11 @@ def _centred(
 def rank(
     logits: Float[Tensor, "batch d_vocab"], token: Int[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """1 + the number of strictly larger logits."""
-    return (logits > logits.gather(1, token[:, None])).sum(1) + 1
+    """1 + the number of strictly larger logits. Raises Failure for NaN, which nothing exceeds."""
+    own = logits.gather(1, token[:, None])
+    if own.isnan().any():
+        raise Failure("the readout is NaN: this model overflows its dtype, try --dtype float32")
+    return (logits > own).sum(1) + 1
 
 
 @torch.no_grad()

@@ -117,14 +117,15 @@ def encode(model: "LoadedModel", prompts: Sequence[Prompt]) -> tuple[list[Encode
 
 
 def derange(encoded: Sequence[Encoded], seed: int) -> list[int]:
-    """For each prompt another's answer id, of the same family: the wrong-answer control.
+    """For each prompt another's answer id, of the same set and family: the wrong-answer control.
 
-    A family with one distinct answer borrows from the whole set.
+    A family with one distinct answer borrows from all prompts.
     """
     rng = random.Random(seed)
     dealt = [0] * len(encoded)
-    for family in dict.fromkeys(e.prompt.family for e in encoded):
-        members = [i for i, e in enumerate(encoded) if e.prompt.family == family]
+    kinds = [(e.prompt.set, e.prompt.family) for e in encoded]
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
         answers = {encoded[i].answer_id for i in members}
         pool = sorted(answers if len(answers) > 1 else {e.answer_id for e in encoded})
         for i in members:

@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHS
 
 from lens_utils import cache, lens
-from lens_utils.errors import BadInput
+from lens_utils.errors import BadInput, Failure
 from lens_utils.models import wrap
 from lens_utils.registry import ModelSpec
 
@@ -144,6 +144,14 @@ def test_scores_of_identical_and_uniform_readouts():
     torch.testing.assert_close(flat["kl_bits"], 7 - own, atol=1e-5, rtol=1e-5)
     assert (flat["answer_rank"] == 1).all()  # ties do not push an answer down
     torch.testing.assert_close(flat["p_top5"], torch.full((3,), 5 / 128))
+
+
+def test_nan_is_no_perfect_score():
+    """Nothing is larger than NaN: its rank would be 1."""
+    logits = torch.tensor([[1.0, 2.0, 3.0], [float("nan")] * 3])
+    assert lens.rank(logits[:1], torch.tensor([0])).tolist() == [3]
+    with pytest.raises(Failure, match="--dtype float32"):
+        lens.rank(logits, torch.tensor([0, 0]))
 
 
 def test_divergences_against_torch():

@@ -85,4 +85,6 @@ def test_no_prompt_keeps_its_own_answer():
     dealt = prompts.derange(asked, seed=0)
     assert all(d != e.answer_id for d, e in zip(dealt, asked, strict=True))
     assert set(dealt[:3]) <= {5, 6}  # within the family
+    other = prompts.Encoded(Prompt("o", "t", " a", set="other", family="x"), (1,), 9)
+    assert 9 not in prompts.derange([*asked, other], seed=0)[:3]  # and within the set
     assert prompts.derange(asked, seed=0) == dealt

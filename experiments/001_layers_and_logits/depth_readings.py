@@ -14,7 +14,7 @@ from lens_utils.models import LoadedModel
 from lens_utils.prompts import Encoded, Prompt, derange, encode
 
 QUICK = {"facts": 14, "direction": 16, "formats": 18}
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
 WINDOW = 128  # tokens of a document that are used
 
@@ -108,7 +108,10 @@ class Session:
         losses = {}
         for penalty in PENALTIES:
             fitted = sums.translators(penalty, at).to(held.device)
-            kls = [self._kl(final, held[i], a) for i, a in zip(at, fitted, strict=True)]
+            kls = [
+                self._kl(final, self._ridge(held[i], self.depths[i], a))
+                for i, a in zip(at, fitted, strict=True)
+            ]
             losses[penalty] = torch.stack(kls).mean().item()
         best = min(losses, key=losses.__getitem__)
         return {
@@ -117,11 +120,9 @@ class Session:
             "tokens": torch.tensor(sums.n),
         }
 
-    def _kl(self, final: lens.Reference, resid: Tensor, translator: Tensor | None) -> Tensor:
-        """KL(model || lens) in bits per token; the norm lens without a translator."""
-        read = self.readout
-        logits = read.read(resid) if translator is None else read.translate(resid, translator)
-        zeros = torch.zeros(len(resid), dtype=torch.long, device=resid.device)
+    def _kl(self, final: lens.Reference, logits: Tensor) -> Tensor:
+        """KL(model || lens) in bits per token."""
+        zeros = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         return lens.scores(logits, final, zeros)["kl_bits"]
 
     @torch.no_grad()
@@ -137,8 +138,9 @@ class Session:
         measured = [("mean prediction", -1, (final.plogp - final.p @ mean_p.log()) * lens.BITS)]
         for i, depth in enumerate(self.run.track(self.depths, "depths on text")):
             translator = ridge["translator"][i].float().to(held.device)
-            measured.append(("norm", depth, self._kl(final, held[i], None)))
-            measured.append(("ridge", depth, self._kl(final, held[i], translator)))
+            measured.append(("norm", depth, self._kl(final, self.readout.read(held[i]))))
+            ridged = self._ridge(held[i], depth, translator)
+            measured.append(("ridge", depth, self._kl(final, ridged)))
         rows = []
         for name, depth, kl in measured:
             ci = stats.mean_ci(kl.cpu().numpy(), document.cpu().numpy(), self.cfg.seed)
@@ -165,10 +167,7 @@ class Session:
             for i, depth in enumerate(self.depths):
                 x = resid[:, i]
                 norm, raw = self.readout.read_both(x)
-                # At the last depth the map to fit is known: it is ln_final itself.
-                last = depth == self.model.n_layers
-                ridged = norm if last else self.readout.translate(x, translators[i])
-                lenses = {"norm": norm, "raw": raw, "ridge": ridged}
+                lenses = {"norm": norm, "raw": raw, "ridge": self._ridge(x, depth, translators[i])}
                 if self.cfg.lens == "next_ln1":
                     lenses["next_ln1"] = self.readout.read_next(x, depth)
                 for name, logits in lenses.items():
@@ -196,9 +195,16 @@ class Session:
         measured = pd.DataFrame({key: value.cpu().numpy() for key, value in values.items()})
         return pd.concat([pd.DataFrame(about).assign(**place), measured], axis=1)
 
+    def _ridge(self, resid: Tensor, depth: int, translator: Tensor) -> Tensor:
+        """The ridge lens; at the last depth the map is known, it is ln_final itself."""
+        if depth == self.model.n_layers:
+            return self.readout.read(resid)
+        return self.readout.translate(resid, translator)
+
     def _content(self, e: Encoded) -> set[int]:
-        """Ids of the prompt's tokens that have a letter or digit: what a copy can be of."""
-        return {i for i in e.ids if any(c.isalnum() for c in self.model.decode([i]))}
+        """Ids of the prompt's words other than the answer: what a copy can be of."""
+        words = {i for i in e.ids if any(c.isalnum() for c in self.model.decode([i]))}
+        return words - {e.answer_id}
 
     @torch.no_grad()
     def read_untrained(self, prompts: Sequence[Prompt]) -> pd.DataFrame:
@@ -227,7 +233,7 @@ class Session:
             translator = ridge["translator"][i].float().to(x.device)
             match self.cfg.lens:
                 case "ridge":
-                    logits = self.readout.translate(x, translator)
+                    logits = self._ridge(x, depth, translator)
                 case "next_ln1":
                     logits = self.readout.read_next(x, depth)
                 case name:

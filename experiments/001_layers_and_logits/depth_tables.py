@@ -111,14 +111,14 @@ def summarise(
         "facts asked": len(facts),
         "answers on top at the output": ci((facts.answer_rank == 1).to_numpy()),
         "p(answer) at the output": ci(facts.p_answer.to_numpy()),
-        "largest gap, readout at the last depth against the model, in probability": exact[
+        "largest gap, readout at the last depth against the model, 8 facts, in probability": exact[
             "largest_gap_p"
         ],
-        "largest gap, in log-probability (nats)": exact["largest_gap_logp"],
+        "the same in log-probability (nats)": exact["largest_gap_logp"],
     }
     for name in ("norm", "ridge"):
         one = of_facts.loc[name]
-        out[f"depth from which the answer stays on top, {name} lens (%)"] = ci(
+        out[f"mean depth from which the answer stays on top, {name} lens (%)"] = ci(
             one.L_semantic_stable.to_numpy(float)
         )
     stable = of_facts.L_semantic_stable
@@ -126,16 +126,18 @@ def summarise(
         stable.loc["norm"].to_numpy(float) - stable.loc["ridge"].to_numpy(float)
     )
     for family, rows in of_facts.loc["ridge"].groupby("family", sort=False):
-        out[f"depth from which it stays on top, {family} facts, ridge lens (%)"] = ci(
+        out[f"mean depth from which it stays on top, {family} facts, ridge lens (%)"] = ci(
             rows.L_semantic_stable.to_numpy(float)
         )
-    ridge = facts_by_depth(readout, "ridge", "answer_rank").eq(1)
-    gains = ridge.mean().diff()
-    block = int(readout.depth.max() * gains.idxmax() / 100 + 0.5) - 1
-    out["block that brings most answers on top, ridge lens"] = block
-    out["answers it brings on top (share of facts)"] = ci(
-        ridge.astype(float).diff(axis=1)[gains.idxmax()].to_numpy()
+    out["answers that stay on top only at the very output, norm lens"] = ci(
+        (stable.loc["norm"] == 100).to_numpy()
     )
+    ridge = facts_by_depth(readout, "ridge", "answer_rank").eq(1).astype(float)
+    if len(ridge.columns) == readout.depth.max() + 1:  # a gain is one block's only if all are read
+        gains = ridge.diff(axis=1)
+        most = gains.mean().idxmax()
+        out["block that brings most answers on top, ridge lens"] = ridge.columns.get_loc(most) - 1
+        out["answers it brings on top (share of facts)"] = ci(gains[most].to_numpy())
     copied = of_facts.loc["norm"]["L_copy_0.95"].notna().to_numpy()
     out["facts with a copy phase (L_copy at 0.95)"] = ci(copied)
     middle = nearest(readout, 50)
@@ -149,7 +151,6 @@ def summarise(
         out[f"median rank of the {whose} at 80 % depth, {name} lens"] = float(ranks.median())
     ranks = at(null, "untrained", nearest(null, 80)).answer_rank
     out["median rank of the answer at 80 % depth, untrained model"] = float(ranks.median())
-    out["wrong answers on top at the output"] = ci((facts.wrong_rank == 1).to_numpy())
     for name in ("raw", "norm", "ridge"):
         tops = at(readout, name, middle).p_top1.to_numpy()
         out[f"probability of the top token at 50 % depth, {name} lens"] = ci(tops)
