@@ -1,6 +1,7 @@
 """Toy experiments to test the contract on, in this process or as programs of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,7 +96,10 @@ class Program:
     def start(self, *args: str, wait: str = "") -> subprocess.Popen:
         env = os.environ | self.env(TOY_WAIT=wait)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, str(self.source), *args], env=env, **pipes)
+        command = [sys.executable, str(self.source), *args]
+        # Tests started in the background inherit a Ctrl-C that is ignored.
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        return subprocess.Popen(command, env=env, preexec_fn=heed, **pipes)
 
     def run(self, *args: str) -> tuple[int, str]:
         """Run it as a program; its exit code and stderr."""
