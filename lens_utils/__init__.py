@@ -9,9 +9,8 @@ Axes, as they are named in every shape of this package:
                0 is the embedding, l + 1 the        head      query heads
                output of block l                    kv_head   key/value heads (fewer in GQA)
 
-Who may import whom (a test holds it): mathematics on arrays (`stats`) < what touches a model
-(`models`, `checkpoints`, `prompts`, `cache`, `lens`, `corpus`, `generate`) < the run
-(`experiment`, `viz`, `report`, `__main__`).
+Who may import whom (tests/test_layout.py lists every module's place): what works on arrays, text
+and files < what touches a model < the run and what is made of it.
 
 `from lens_utils import lens` gives a module that is loaded when it is first used, so that a run.py
 can name what it needs at its top and still answer `--help` without waiting for torch.
