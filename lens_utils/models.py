@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
@@ -78,13 +79,16 @@ class LoadedModel:
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the model's own template, up to the answer to come.
 
-        Raises BadInput for a base model and beyond the context.
+        Raises BadInput for a base model, for roles its template refuses, and beyond the context.
         """
         if not self.has_chat:
             raise BadInput(f"{self.name} is a base model without a chat template: use plain text")
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:  # such as a system message where there may be none
+            raise BadInput(f"the chat template of {self.name} refuses this: {error}") from None
         return self.encode(text, bos=False)  # the template writes its own
 
     def decode(self, ids: Sequence[int]) -> str:

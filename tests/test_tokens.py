@@ -77,3 +77,13 @@ def test_a_broken_tokenizer_is_one_line(content, saved):
     with pytest.raises(BadInput, match="no readable tokenizer") as error:
         load_model(str(folder), device="cpu")
     assert "\n" not in str(error.value)
+
+
+def test_what_a_template_refuses_is_one_line(tiny, make_tokenizer):
+    """Gemma's template raises at a system message; Jinja's own error would be a traceback."""
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    model = wrap(tiny("llama"), tokenizer, ModelSpec("llama", "llama"))
+    with pytest.raises(BadInput, match="no system role") as error:
+        model.encode_chat([{"role": "system", "content": "the cat"}])
+    assert "\n" not in str(error.value)

@@ -76,6 +76,8 @@ class Conversation:
         self.model: LoadedModel = run.model()
         if cfg.system and not self.model.has_chat:
             raise BadInput(f"{cfg.model} is a base model: leave --system out")
+        if not self.model.has_chat:
+            say(f"{cfg.model} is a base model: it goes on with the text")
         self.turns: list[dict[str, Any]] = []
         self.past: list[list[dict[str, Any]]] = []
 
