@@ -74,6 +74,22 @@ def stream(
         yield Activations(ids[taken], row[taken], {name: values[name] for name in names})
 
 
+@torch.no_grad()
+def record(
+    model: LoadedModel, ids: Int[Tensor, "batch pos"], names: Sequence[str]
+) -> dict[str, Float[Tensor, "batch ..."]]:
+    """The named activations of prompts of one length, in the hooks' own layouts.
+
+    Keyed by the names asked for. Raises BadInput for a hook this model lacks.
+    """
+    if unknown := [name for name in names if name not in model.bridge.hook_dict]:
+        raise BadInput(f"{model.name} has no hook {unknown[0]}")
+    _, held = model.bridge.run_with_cache(
+        ids, names_filter=list(names), use_cache=False, logits_to_keep=1
+    )
+    return {name: held[name] for name in names}
+
+
 def to_shards(
     folder: Path, activations: Iterable[Activations], shard_bytes: int = 256 * 2**20
 ) -> list[Path]:

@@ -91,15 +91,15 @@ class Readout:
             else self.b_U
         )
         self.centred = isinstance(self.ln_final, nn.LayerNorm)
-        self.eps = next(
-            float(getattr(self.ln_final, name))
-            for name in ("eps", "variance_epsilon")
-            if hasattr(self.ln_final, name)
-        )
+        self.plain = isinstance(self.ln_final, nn.Identity)  # hand-built models have no norm
+        names = [name for name in ("eps", "variance_epsilon") if hasattr(self.ln_final, name)]
+        self.eps = float(getattr(self.ln_final, names[0])) if names else 0.0
         self.softcap = float(bridge.cfg.output_logits_soft_cap or -1)
 
     def scale(self, resid: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead 1"]:
         """What ln_final divides by: the rms, or for LayerNorm the standard deviation."""
+        if self.plain:
+            return torch.ones_like(resid[..., :1], dtype=torch.float32)
         return (self._around_mean(resid).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def unit(self, resid: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
@@ -113,6 +113,20 @@ class Readout:
     def normed(self, resid: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
         """ln_final of a residual, in float32."""
         return self.ln_final(resid.float())
+
+    def logit_diff(
+        self,
+        resid: Float[Tensor, "*lead batch d_model"],
+        answer: Int[Tensor, " batch"],
+        foil: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "*lead batch"]:
+        """Logit of the answer minus logit of the foil, before any softcap, from two columns of W_U.
+
+        A softcap is monotone: it never changes the sign.
+        """
+        direction = (self.W_U[:, answer] - self.W_U[:, foil]).T
+        difference = torch.linalg.vecdot(self.normed(resid), direction)
+        return difference if self.b_U is None else difference + self.b_U[answer] - self.b_U[foil]
 
     def unembed(self, normed: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_vocab"]:
         """Logits before any softcap."""

@@ -1,7 +1,8 @@
 """Prompts: records in prompts.json beside a run.py, checked before a model sees them.
 
 A record is text and what should follow it. The answer is scored by its first token in this place:
-the token that tokenising text + answer adds to the tokens of the text.
+the token that tokenising text + answer adds to the tokens of the text. A text may have slots, such
+as "The {relation} of {entity} is": their names say which role a word plays (`spans`).
 """
 
 import dataclasses
@@ -9,8 +10,9 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING
 
 from lens_utils.errors import BadInput
@@ -40,6 +42,12 @@ class Prompt:
     direction: str = ""
     question: str = ""
     """A user turn that goes before, in the model's chat template."""
+    pool: str = ""
+    """Prompts that differ in what they ask for only; a corrupted partner is one of them."""
+    slots: dict[str, str] = field(default_factory=dict)
+    """What fills the slots of the text, by role. `text` is the text already filled."""
+    spans: tuple[tuple[str, int, int], ...] = ()
+    """Role, first and behind-the-last character of every filled slot; made by loading."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +80,19 @@ def load(run_file: str, set: str | None = None) -> list[Prompt]:
 
 
 def _checked(record: object, where: str, n: int) -> Prompt:
-    known = {f.name for f in dataclasses.fields(Prompt)}
+    known = {f.name for f in dataclasses.fields(Prompt)} - {"spans"}
     if not isinstance(record, dict) or not {"id", "text", "answer"} <= record.keys() <= known:
         odd = record.keys() ^ {"id", "text", "answer"} if isinstance(record, dict) else record
         raise BadInput(f"{where}: record {n} needs id, text and answer and may have "
                        f"{', '.join(sorted(known))}; look at {odd}")  # fmt: skip
-    if not all(isinstance(value, str) for value in record.values()):
+    slots = record.get("slots", {})
+    if not isinstance(slots, dict) or not all(
+        isinstance(value, str) for value in [*(record | {"slots": ""}).values(), *slots.values()]
+    ):
         raise BadInput(f"{where}: record {n} ({record['id']}) has a value that is not text")
     prompt = Prompt(**record)
+    if slots:
+        prompt = filled(prompt, where)
     if not prompt.answer.strip():
         raise BadInput(f"{where}: prompt {prompt.id!r} has an empty answer")
     if not (prompt.text or prompt.question).strip():
@@ -87,6 +100,26 @@ def _checked(record: object, where: str, n: int) -> Prompt:
     if prompt.text.endswith(" ") and not prompt.answer[0].isdigit():
         raise BadInput(f"{where}: prompt {prompt.id!r} ends in a space; begin the answer with it")
     return prompt
+
+
+def filled(prompt: Prompt, where: str = "prompts") -> Prompt:
+    """The prompt with its slots filled in, and where they lie.
+
+    Raises BadInput for a slot that the text lacks, or a slot of the text that nothing fills.
+    """
+    text, spans, named = "", [], set()
+    for before, role, *_ in Formatter().parse(prompt.text):
+        text += before
+        if role is not None:
+            if not prompt.slots.get(role, "").strip():
+                raise BadInput(f"{where}: prompt {prompt.id!r} says nothing for {{{role}}}")
+            spans.append((role, len(text), len(text) + len(prompt.slots[role])))
+            text += prompt.slots[role]
+            named.add(role)
+    if missing := sorted(prompt.slots.keys() - named):
+        raise BadInput(f"{where}: the text of prompt {prompt.id!r} has no {{{missing[0]}}}: "
+                       "its span does not occur")  # fmt: skip
+    return dataclasses.replace(prompt, text=text, spans=tuple(spans))
 
 
 def encode(model: "LoadedModel", prompts: Sequence[Prompt]) -> tuple[list[Encoded], list[str]]:

@@ -23,7 +23,8 @@ LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus"},
     # 1: what touches a model.
-    {"weights", "checkpoints", "tokens", "models", "prompts", "cache", "lens", "generate"},
+    {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
+     "attention", "attribution", "patching", "gradients", "edges", "generate"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},
