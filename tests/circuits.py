@@ -1,11 +1,17 @@
-"""Models whose circuit is known because it was written by hand."""
+"""Models whose circuit is known: one written by hand, one compiled from a program."""
+
+import json
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_utils.models import LoadedModel
+from lens_utils.pairs import Pair
 
 D_VOCAB, N_CTX, D_HEAD, N_HEADS = 16, 24, 24, 3
 TOKEN, POSITION = slice(0, 16), slice(16, 40)
@@ -74,3 +80,50 @@ def _head(
     weights[f"blocks.{layer}.attn.k.weight"][rows, key[0]] = key[1]
     weights[f"blocks.{layer}.attn.v.weight"][rows, read] = torch.eye(D_HEAD, D_VOCAB)
     weights[f"blocks.{layer}.attn.o.weight"][write, rows] = torch.eye(D_VOCAB, D_HEAD)
+
+
+# `reverse`, compiled by Tracr: in these parts, and only these, something is written. Block 0 counts
+# the tokens, MLPs 1 and 2 make of it the position to look at, head L3H0 moves the token from there.
+REVERSE_HEADS, REVERSE_MLPS = {(0, 0), (3, 0)}, {0, 1, 2}
+REVERSE = Path(__file__).parent / "fixtures" / "reverse.safetensors"  # compile_reverse.py made it
+
+
+def reverse_model() -> LoadedModel:
+    """Reads bos and up to five of a, b, c, d; at every position it gives the mirrored token.
+
+    One head per layer, no norms, attention in both directions; output columns are a, b, c, d.
+    """
+    about, weights = _about_reverse(), load_file(REVERSE)
+    config = TransformerBridgeConfig(
+        **{k: about[k] for k in ("n_layers", "n_heads", "d_head", "d_mlp")},
+        d_model=len(about["labels"]), d_vocab=len(about["inputs"]), seed=0, act_fn="relu",
+        d_vocab_out=len(about["outputs"]), n_ctx=len(weights["pos_embed.weight"]),
+        normalization_type=None, positional_embedding_type="standard",
+        attention_dir="bidirectional",
+    )  # fmt: skip
+    bridge = TransformerBridge.boot_native(config)
+    zero = {name: torch.zeros_like(value) for name, value in bridge.state_dict().items()}
+    assert weights.keys() <= zero.keys(), weights.keys() - zero.keys()
+    bridge.load_state_dict(zero | weights)
+    bridge.eval().requires_grad_(False)
+    bos = about["inputs"]["bos"]
+    return LoadedModel("reverse", bridge, None, (bos,), frozenset(), config.n_ctx)
+
+
+def _about_reverse() -> dict:
+    with safe_open(REVERSE, "pt") as held:
+        return json.loads(held.metadata()["model"])
+
+
+def reverse_pairs() -> list[Pair]:
+    """Words of five letters that differ in the first one, which the last position wants."""
+    about = _about_reverse()
+    ids, columns = about["inputs"], about["outputs"]
+    made = []
+    for i, (one, other) in enumerate(["ab", "ca", "bd", "dc"]):
+        rest = "abcdabcd"[i : i + 4]
+        clean, corrupt = ((ids["bos"], *(ids[x] for x in first + rest)) for first in (one, other))
+        classes = ("bos", "entity", *["function"] * 4)
+        made.append(Pair(f"{one}{rest}", "reverse", "reverse", one, clean, corrupt,
+                         columns[one], columns[other], classes))  # fmt: skip
+    return made
