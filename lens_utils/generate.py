@@ -76,11 +76,7 @@ def stream(
     until: text after which the answer is over, such as a line break for a base model.
     Raises BadInput for settings that choose no token, and for a prompt that fills the context.
     """
-    if not (temperature == 0 or COLDEST <= temperature < math.inf):
-        raise BadInput(f"temperature {temperature}: 0 is greedy, otherwise {COLDEST} or more")
-    if not 0 < top_p <= 1:
-        raise BadInput(f"top-p {top_p}: a share above 0, up to 1")
-    choose = sampler(temperature, top_p, seed) if temperature else greedy
+    choose = _chooser(temperature, top_p, seed)
     for (step,) in _steps(model, [ids], max_new_tokens, choose, top_k_shown, until):
         assert step is not None
         yield step
@@ -106,6 +102,48 @@ def answers(
     return found
 
 
+@torch.no_grad()
+def continuations(
+    model: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    n_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Int[Tensor, "batch step"]:
+    """Exactly n_tokens for each prompt, run together: `LoadedModel.ends` are never chosen.
+
+    With a temperature, a row's draws depend on its place in the batch. Raises BadInput as
+    `stream` does, and where prompt and text would not fit the context.
+    """
+    choose = _chooser(temperature, top_p, seed)
+    _check_room(model, rows, n_tokens)
+    if (longest := max(map(len, rows))) + n_tokens > model.n_ctx:
+        raise BadInput(f"{longest} + {n_tokens} tokens are more than the context of {model.name}, "
+                       f"{model.n_ctx}")  # fmt: skip
+    d_vocab = model.bridge.cfg.d_vocab  # a tiny model's config can name an end beyond it
+    banned = torch.tensor([i for i in model.ends if i < d_vocab], dtype=torch.long)
+    reader = _Reader(model, rows)
+    chosen = []
+    for _ in range(n_tokens):
+        logits = reader.logits()
+        logits[:, banned] = -math.inf
+        chosen.append(choose(logits))
+        reader.add(chosen[-1])
+    return torch.stack(chosen, dim=1)
+
+
+def _chooser(
+    temperature: float, top_p: float, seed: int
+) -> Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]:
+    if not (temperature == 0 or COLDEST <= temperature < math.inf):
+        raise BadInput(f"temperature {temperature}: 0 is greedy, otherwise {COLDEST} or more")
+    if not 0 < top_p <= 1:
+        raise BadInput(f"top-p {top_p}: a share above 0, up to 1")
+    return sampler(temperature, top_p, seed) if temperature else greedy
+
+
 def greedy(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
     """The likeliest token of each row."""
     return logits.argmax(-1)
@@ -125,6 +163,52 @@ def sampler(
     return draw
 
 
+def _check_room(model: LoadedModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise BadInput(f"max-new-tokens {max_new_tokens}: at least 1")
+    if not rows or not all(rows):
+        raise BadInput("there is no text to go on from")
+    if (longest := max(map(len, rows))) >= model.n_ctx:
+        raise BadInput(f"{longest} tokens leave no room for an answer in the context of "
+                       f"{model.name}, {model.n_ctx}")  # fmt: skip
+
+
+class _Reader:
+    """Rows of tokens, padded on the left, that a model reads one token after the other."""
+
+    def __init__(self, model: LoadedModel, rows: Sequence[Sequence[int]]) -> None:
+        self.bridge = model.bridge
+        self.ids, self.mask = model.batch(rows, "left")
+        # Not every architecture derives positions from the mask once there is a cache.
+        self.position = (self.mask.cumsum(1) - 1).clamp_min(0)
+        self.cache = None
+
+    def logits(self) -> Float[Tensor, "batch d_vocab"]:
+        """What follows each row, float32 on the CPU."""
+        logits, self.cache = self.bridge(
+            self.ids,
+            attention_mask=self.mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_type="logits_and_cache",
+        )
+        return logits[:, -1].float().cpu()
+
+    def add(self, chosen: Int[Tensor, " batch"]) -> None:
+        """The tokens that the rows go on with."""
+        self.ids = chosen[:, None].to(self.mask.device)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=1)
+        self.position = self.position[:, -1:] + 1
+
+    def select(self, going: list[int]) -> None:
+        """Only these rows go on."""
+        keep = torch.tensor(going, device=self.mask.device)
+        self.cache.batch_select_indices(keep)
+        self.mask, self.position = self.mask[keep], self.position[keep]
+
+
 @torch.no_grad()
 def _steps(
     model: LoadedModel,
@@ -135,29 +219,11 @@ def _steps(
     until: str,
 ) -> Iterator[list[Step | None]]:
     """One list per token: the step of every row, None for rows that are over."""
-    if max_new_tokens < 1:
-        raise BadInput(f"max-new-tokens {max_new_tokens}: at least 1")
-    if not all(rows):
-        raise BadInput("there is no text to go on from")
-    if (longest := max(map(len, rows))) >= model.n_ctx:
-        raise BadInput(f"{longest} tokens leave no room for an answer in the context of "
-                       f"{model.name}, {model.n_ctx}")  # fmt: skip
-    ids, mask = model.batch(rows, "left")
-    # Not every architecture derives positions from the mask once there is a cache.
-    position = (mask.cumsum(1) - 1).clamp_min(0)
+    _check_room(model, rows, max_new_tokens)
+    reader = _Reader(model, rows)
     texts = {row: _Growing(model) for row in range(len(rows))}  # of the rows that go on
-    cache = None
     for n in range(1, max_new_tokens + 1):
-        logits, cache = model.bridge(
-            ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_type="logits_and_cache",
-        )
-        logits = logits[:, -1].float().cpu()
+        logits = reader.logits()
         p = logits.softmax(-1)
         entropy = torch.special.entr(p).sum(-1) * BITS
         top = p.topk(min(top_k, p.shape[1]))
@@ -179,9 +245,6 @@ def _steps(
         if not going:
             return
         if len(going) < len(chosen):
-            keep = torch.tensor(going, device=mask.device)
-            cache.batch_select_indices(keep)
-            chosen, mask, position = chosen[going], mask[keep], position[keep]
-        ids = chosen[:, None].to(mask.device)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        position = position[:, -1:] + 1
+            reader.select(going)
+            chosen = chosen[going]
+        reader.add(chosen)

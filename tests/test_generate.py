@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from lens_utils import weights
 from lens_utils.errors import BadInput
-from lens_utils.generate import answers, sampler, stream
+from lens_utils.generate import answers, continuations, sampler, stream
 from lens_utils.models import LoadedModel, wrap
 from lens_utils.registry import SMOL, ModelSpec
 
@@ -228,3 +228,43 @@ def test_hooks_act_on_every_step(tiny):
     with model.bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_post", count)]):
         list(stream(model, IDS, max_new_tokens=4))
     assert seen == [len(IDS), 1, 1, 1]  # the prompt once, then only the new token
+
+
+# Of one length
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_continuations_are_hugging_face_greedy_without_its_ends(arch, tiny):
+    model, plain = wrap(tiny(arch), None, SPEC), tiny(arch)
+    free = continuations(model, ROWS, 12).tolist()
+    ends = {free[0][1], free[2][4]}  # tokens that the model would choose
+    model = LoadedModel(**{**vars(model), "ends": frozenset(ends)})
+    found = continuations(model, ROWS, 12)
+    assert found.shape == (len(ROWS), 12) and not ends & set(found.flatten().tolist())
+    for row, text in zip(ROWS, found.tolist(), strict=True):
+        expected = by_hugging_face(plain, row, 12, bad_words_ids=[[i] for i in ends],
+                                   eos_token_id=None)  # fmt: skip
+        assert text == expected
+
+
+def test_sampled_continuations_follow_their_seed(tiny):
+    model = wrap(tiny("llama"), None, SPEC)
+    draw = lambda seed: continuations(model, ROWS, 12, temperature=1.0, seed=seed).tolist()  # noqa: E731
+    assert draw(1) == draw(1) != draw(2)
+    cold = continuations(model, ROWS, 12, temperature=0.01).tolist()
+    assert cold == continuations(model, ROWS, 12).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "settings", "said"),
+    [
+        (ROWS, 0, {}, "at least 1"),
+        ([], 3, {}, "no text"),
+        ([[1], []], 3, {}, "no text"),
+        (ROWS, 55, {}, "10 \\+ 55 tokens are more than the context"),
+        (ROWS, 3, {"temperature": -1.0}, "temperature -1.0"),
+    ],
+)
+def test_continuations_that_cannot_be_are_refused(rows, n, settings, said, tiny):
+    with pytest.raises(BadInput, match=said):
+        continuations(wrap(tiny("llama"), None, SPEC), rows, n, **settings)
