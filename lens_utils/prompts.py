@@ -29,7 +29,7 @@ class Prompt:
     text: str
     """What the model continues. With `question`, the opening of its answer."""
     answer: str
-    """What follows, with its leading space."""
+    """What follows, with its leading space; empty where the record says null: there is none."""
     set: str = "facts"
     """Which part of the experiment it serves."""
     family: str = ""
@@ -85,6 +85,10 @@ def _checked(record: object, where: str, n: int) -> Prompt:
         odd = record.keys() ^ {"id", "text", "answer"} if isinstance(record, dict) else record
         raise BadInput(f"{where}: record {n} needs id, text and answer and may have "
                        f"{', '.join(sorted(known))}; look at {odd}")  # fmt: skip
+    if record["answer"] is None:
+        record = record | {"answer": ""}
+    elif isinstance(record["answer"], str) and not record["answer"].strip():
+        raise BadInput(f"{where}: prompt {record['id']!r} has an empty answer (null: it has none)")
     slots = record.get("slots", {})
     if not isinstance(slots, dict) or not all(
         isinstance(value, str) for value in [*(record | {"slots": ""}).values(), *slots.values()]
@@ -93,11 +97,9 @@ def _checked(record: object, where: str, n: int) -> Prompt:
     prompt = Prompt(**record)
     if slots:
         prompt = filled(prompt, where)
-    if not prompt.answer.strip():
-        raise BadInput(f"{where}: prompt {prompt.id!r} has an empty answer")
     if not (prompt.text or prompt.question).strip():
         raise BadInput(f"{where}: prompt {prompt.id!r} has an empty text")
-    if prompt.text.endswith(" ") and not prompt.answer[0].isdigit():
+    if prompt.text.endswith(" ") and not prompt.answer[:1].isdigit():
         raise BadInput(f"{where}: prompt {prompt.id!r} ends in a space; begin the answer with it")
     return prompt
 
@@ -165,3 +167,16 @@ def derange(encoded: Sequence[Encoded], seed: int) -> list[int]:
             others = [a for a in pool if a != encoded[i].answer_id]
             dealt[i] = rng.choice(others) if others else pool[0]
     return dealt
+
+
+def shuffled(text: str, seed: int) -> str:
+    """The words of a text in an order of their own, its closing mark last: the no-sense control."""
+    close = text[-1] if text[-1] in ".?!" else ""
+    words = text.removesuffix(close).split()
+    if len(set(words)) < 2:
+        raise BadInput(f"there is no other order of {text!r}")
+    rng = random.Random(f"{seed} {text}")
+    order = words
+    while order == words:
+        order = rng.sample(words, len(words))
+    return " ".join(order) + close

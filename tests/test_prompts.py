@@ -52,6 +52,21 @@ def test_sets(tmp_path):
     assert [p.id for p in prompts.load(run, "other")] == ["b"]
 
 
+def test_a_prompt_may_have_no_answer_if_it_says_so(tmp_path):
+    [one] = prompts.load(put(tmp_path, [GOOD | {"answer": None}]))
+    assert one.answer == ""
+
+
+def test_shuffled_words_keep_the_mark_at_the_end():
+    text = "A path beyond the orchard leads towards the cliffs."
+    mixed = prompts.shuffled(text, 3)
+    assert mixed != text and mixed[-1] == "." and prompts.shuffled(text, 3) == mixed
+    assert sorted(mixed[:-1].split()) == sorted(text[:-1].split())
+    assert prompts.shuffled("no mark", 0) == "mark no"
+    with pytest.raises(BadInput, match="no other order"):
+        prompts.shuffled("one one", 0)
+
+
 def test_answers_are_scored_by_their_token_in_place(smol):
     [one], left_out = prompts.encode(smol, [Prompt("a", "The capital of France is", " Paris")])
     assert smol.decode([one.answer_id]) == " Paris" and not left_out

@@ -6,7 +6,6 @@ A question is put in every form that the model has:
     text    two examples before it, "Question: ... Answer: ..."; the answer ends with its line
 """
 
-import random
 import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -15,7 +14,7 @@ import pandas as pd
 
 from lens_utils import generate
 from lens_utils.models import LoadedModel
-from lens_utils.prompts import Prompt
+from lens_utils.prompts import Prompt, shuffled
 
 TOP = 5
 UNTIL = {"chat": "", "text": "\n"}
@@ -33,16 +32,6 @@ def choose(questions: list[Prompt], cfg) -> list[Prompt]:
     most = cfg.per_family or (2 if cfg.quick else None)
     families = dict.fromkeys(q.family for q in questions)
     return [q for f in families for q in [q for q in questions if q.family == f][:most]]
-
-
-def shuffled(text: str, seed: int) -> str:
-    """The words of a question in an order of their own, its question mark last."""
-    words = text.rstrip("?").split()
-    rng = random.Random(f"{seed} {text}")
-    order = words
-    while order == words:
-        order = rng.sample(words, len(words))
-    return " ".join(order) + "?"
 
 
 def forms(model: LoadedModel, text: str, examples: Sequence[Prompt]) -> dict[str, list[int]]:
