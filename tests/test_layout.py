@@ -21,7 +21,7 @@ EXPERIMENTS = experiments()
 NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("*.ipynb"))
 LAYERS = (
     # 0: arrays, text and files. No model, no run.
-    {"errors", "files", "provenance", "registry", "stats", "corpus"},
+    {"errors", "files", "provenance", "registry", "stats", "corpus", "profiles"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "patching", "gradients", "edges", "generate", "series"},
