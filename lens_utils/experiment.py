@@ -239,6 +239,12 @@ class Run:
             stage["code"] == self._code and self._holds(name) for name, stage in stages.items()
         )
 
+    def leave_nothing(self) -> None:
+        """Take the folder away if nothing was computed in it: it would look like a run."""
+        manifest, parts = read_manifest(self.folder), (self.folder / "parts").glob("*/*")
+        if self.cfg.part_of == (0, 1) and not manifest.get("stages") and not any(parts):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     # While it runs
 
     def model(self, random_init: bool = False, fold: bool = False) -> "LoadedModel":
@@ -283,5 +289,9 @@ def execute(
     cfg = configure(config, main, source, args)
     run = Run(source, cfg)
     if not run.done:
-        main(cfg, run)
+        try:
+            main(cfg, run)
+        except BadInput:  # such as a model that is not here
+            run.leave_nothing()
+            raise
     return run

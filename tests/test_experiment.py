@@ -42,6 +42,21 @@ def test_a_stage_is_computed_once_then_loaded(toy):
     assert calls == ["a.json", "b.json"], "null is a result, too"
 
 
+def test_a_run_that_is_refused_before_its_first_result_leaves_no_folder(toy):
+    def refused(cfg: Config, run: Run) -> None:
+        folders.append(run.folder)
+        raise BadInput("no such model")
+
+    folders: list = []
+    with pytest.raises(BadInput, match="no such model"):
+        toy(refused)
+    assert not folders[0].exists()
+    folder = toy(lambda cfg, run: run.stage("a.json", dict)).folder
+    with pytest.raises(BadInput, match="no such model"):
+        toy(refused)
+    assert files.read(folder / "a.json") == {}, "what there was is kept"
+
+
 def test_a_damaged_stage_is_computed_again(toy, capsys):
     """Later stages are, too, if it comes out otherwise, and also when a kill comes between."""
     calls, value = Calls(), {"x": 1}

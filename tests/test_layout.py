@@ -24,7 +24,8 @@ LAYERS = (
     {"errors", "files", "provenance", "registry", "stats", "corpus", "profiles"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
-     "attention", "attribution", "patching", "gradients", "edges", "generate", "series"},
+     "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
+     "generate", "series", "divergence"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},

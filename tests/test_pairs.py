@@ -4,10 +4,10 @@ import pytest
 import torch
 from circuits import INDUCTION_HEAD, induction_model
 
-from lens_utils import pairs
+from lens_utils import pairs, provenance
 from lens_utils.errors import BadInput
 from lens_utils.models import wrap
-from lens_utils.prompts import Prompt, encode, filled
+from lens_utils.prompts import Prompt, encode, filled, load
 from lens_utils.registry import ModelSpec
 
 
@@ -91,6 +91,15 @@ def test_an_induction_model_knows_the_induction_pairs():
     with torch.no_grad():
         untied[INDUCTION_HEAD[1]] *= 0
     assert not pairs.screen(toy, made).known.any()
+
+
+def test_three_experiments_ask_about_the_same_prompts():
+    """002 attends, 003 attributes, 004 patches: their numbers are joined head by head."""
+    names = ("002_attention_patterns", "003_logit_attribution", "004_activation_patching")
+    files = {(provenance.EXPERIMENTS / name / "prompts.json").resolve() for name in names}
+    assert len(files) == 1
+    asked = load(str(provenance.EXPERIMENTS / names[2] / "run.py"))
+    assert all(p.spans and p.pool and p.group for p in asked)
 
 
 def test_screening_reads_the_models_own_logits(model):
