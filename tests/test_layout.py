@@ -21,7 +21,8 @@ EXPERIMENTS = experiments()
 NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("*.ipynb"))
 LAYERS = (
     # 0: arrays, text and files. No model, no run.
-    {"errors", "files", "provenance", "registry", "stats", "corpus", "profiles"},
+    {"errors", "files", "provenance", "registry", "stats", "corpus", "profiles",
+     "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
