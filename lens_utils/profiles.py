@@ -90,4 +90,6 @@ def hump(profile: Float[ndarray, "*lead layer"]) -> Float[ndarray, "*lead"]:
 
 
 def _ranks(values: Float[ndarray, "*lead head"]) -> Float[ndarray, "*lead head"]:
-    return rankdata(values, axis=-1, nan_policy="omit").astype(float)
+    # SciPy's own nan_policy goes row by row, 40 times slower; infinity ranks behind everything.
+    missing = np.isnan(values)
+    return np.where(missing, np.nan, rankdata(np.where(missing, np.inf, values), axis=-1))
