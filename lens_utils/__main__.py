@@ -8,7 +8,7 @@
 ./lab report [001 ...]         rewrite the results blocks of analyses.md, README and NOTES
 ./lab list                     the experiments, their questions and their runs
 ./lab models                   what can be loaded, and what is on this machine
-./lab fetch MODEL ...          bring models to this machine (the one command that downloads)
+./lab fetch NAME ...           bring models and benchmarks here (the one command that downloads)
 ./lab chat [--prompt TEXT]     talk to a model (experiment 000)
 ./lab submit 001 --shards 8    run on a SLURM cluster: an array of shards and their merge
 ./lab new 023_name             a working skeleton of an experiment
@@ -27,7 +27,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from lens_utils import cluster, notebook, provenance, registry, report, skeleton, weights
+from lens_utils import (
+    cluster,
+    notebook,
+    problems,
+    provenance,
+    registry,
+    report,
+    skeleton,
+    weights,
+)
 from lens_utils.console import guarded, say
 from lens_utils.errors import BadInput
 from lens_utils.experiment import execute
@@ -176,6 +185,7 @@ def models(args: list[str]) -> int:
         print(f"{spec.name:30} {where:6} {spec.source:44} {spec.licence:26} {spec.about}")
     print("\nA hub id (org/name), Hugging Face folder, .gguf file or GPT-2 checkpoint works, too;")
     print("name@revision takes another revision. ./lab fetch NAME brings a model here.")
+    print(f"Benchmarks, fetched in the same way: {', '.join(problems.SOURCES)}.")
     return 0
 
 
@@ -183,6 +193,9 @@ def fetch(args: list[str]) -> int:
     if not args:
         raise BadInput("say which model: ./lab fetch NAME (./lab models lists them)")
     for name in args:
+        if name in problems.SOURCES:
+            say(f"{name} is in {problems.fetch(name)}")
+            continue
         spec = registry.resolve(name)
         if spec.licence and not spec.licence.startswith(("Apache", "MIT")):
             say(f"{spec.name}: using it means accepting its licence, {spec.licence}")

@@ -146,7 +146,7 @@ def compiled() -> Callable | None:
     import numba
 
     for function in (common, overlaps, at_moment):
-        numba.extending.register_jitable(function)
+        numba.extending.register_jitable(inline="always")(function)
 
     # Sums may be taken in any order, so that several moments go through at once.
     @numba.njit(fastmath={"reassoc", "contract", "nsz"})

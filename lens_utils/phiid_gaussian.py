@@ -10,8 +10,8 @@ I(x, y; a) = -1/2 ln(variance of a that x and y do not explain). No determinant 
 
 Step 2 divides by v = 1 - r(x,y)^2 and w = 1 - r(a,b)^2, so rounding grows as 1 / min(v, w), where
 plain determinants lose 1 / (v w). Pairs below `CLOSE` are taken again from the series themselves
-(`from_series`, Gram-Schmidt twice), where it grows as 1 / sqrt. Below `SAME` two series are equal
-to the rounding of float32 activations, and nothing can be said of them.
+(`from_series`, Gram-Schmidt twice), where it grows as 1 / sqrt. Below `SAME` what tells two series
+apart is the rounding of float32 activations, and nothing can be said of them.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 from lens_utils.phiid_lattice import Information
 
 CLOSE = 1e-8
-SAME = 1e-14
+SAME = 1e-12
 
 
 class Windows(NamedTuple):

@@ -8,9 +8,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
+from jaxtyping import Float
+from numpy import ndarray
 from plotly.offline import get_plotlyjs
 
 from lens_utils import files
@@ -74,6 +77,35 @@ def add_estimates(
         error_y={"symmetric": False, "array": found.high - found.value,
                  "arrayminus": found.value - found.low},
     )  # fmt: skip
+
+
+def add_matrix(
+    fig: go.Figure,
+    matrix: Float[ndarray, "row row"],
+    labels: list[str],
+    low: float,
+    high: float,
+    unit: str,
+    colours: str = "Viridis",
+    bar: Mapping[str, float] | None = None,
+    **place: int,
+) -> None:
+    """A square matrix, one byte per cell: 1.8 MB of page for 1,152 heads instead of 20.
+
+    Values are shown from `low` to `high` in 255 shades; where there is none, the middle one is.
+    """
+    share = np.clip((np.asarray(matrix, float) - low) / (high - low), 0, 1)
+    shades = np.nan_to_num(share * 254, nan=127).round().astype(np.uint8)
+    ticks = np.linspace(0, 254, 5)
+    texts = [f"{low + (high - low) * t / 254:.3g}" for t in ticks]
+    fig.add_heatmap(
+        z=shades, x=labels, y=labels, zmin=0, zmax=254, colorscale=colours,
+        colorbar={"title": unit, "tickvals": ticks, "ticktext": texts, "thickness": 12,
+                  **(bar or {})},
+        hovertemplate="%{y} with %{x}: shade %{z} of 254<extra></extra>", **place,
+    )  # fmt: skip
+    fig.update_xaxes(showgrid=False, **place)
+    fig.update_yaxes(autorange="reversed", showgrid=False, **place)
 
 
 def token_table(

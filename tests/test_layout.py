@@ -21,12 +21,12 @@ EXPERIMENTS = experiments()
 NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("*.ipynb"))
 LAYERS = (
     # 0: arrays, text and files. No model, no run.
-    {"errors", "files", "provenance", "registry", "stats", "corpus", "profiles",
-     "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete"},
+    {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
+     "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
-     "generate", "series", "divergence"},
+     "generate", "series", "divergence", "perturb"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},

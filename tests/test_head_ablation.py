@@ -1,0 +1,213 @@
+"""Experiment 007's orders and tables, on made-up heads whose answer is known."""
+
+import importlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from lens_utils import provenance
+from lens_utils.errors import BadInput
+
+L, H, SIZE = 6, 5, 30
+LAYER = np.repeat(np.arange(L), H)
+CFG = {
+    "scores": "value_diff", "points": "0.1,0.3", "random_points": "0.2,0.4", "random_orders": 6,
+    "ablation": "zero", "per_category": 0, "steps": 0, "quick": False, "seed": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(provenance.EXPERIMENTS / "007_head_ablation"))
+    names = ("ablation_orders", "ablation_readings", "ablation_tables")
+    return SimpleNamespace(**{n.split("_")[1]: importlib.import_module(n) for n in names})
+
+
+def plan(modules, **changes):
+    return modules.orders.Plan(SimpleNamespace(**CFG | changes))
+
+
+def scores(**columns):
+    place = {"layer": LAYER, "head": np.tile(np.arange(H), L)}
+    return pd.DataFrame(place | {"value_diff": np.arange(SIZE, 0, -1.0)} | columns)
+
+
+def single(kl, texts=("s0",)):
+    frame = scores()[["layer", "head"]]
+    return pd.concat([frame.assign(id=t, family="f", kl=kl) for t in texts], ignore_index=True)
+
+
+def test_orders_follow_their_score(modules):
+    importance = np.random.default_rng(1).permutation(SIZE).astype(float)
+    heads = modules.orders.heads(scores(), single(importance), ["value_diff"])
+    found = plan(modules).orders(heads)
+    by_name = {o["order"]: o for o in found}
+    assert by_name["value_diff, high first"]["heads"] == list(range(SIZE))
+    assert by_name["value_diff, low first"]["heads"] == list(range(SIZE))[::-1]
+    assert by_name["alone, high first"]["heads"] == np.argsort(-importance).tolist()
+    kinds = pd.Series([o["kind"] for o in found]).value_counts()
+    assert kinds["random"] == 6
+    for end in ("high", "low"):
+        kind = f"random, layers of value_diff, {end} first"
+        assert kinds[kind] == 3
+        like = LAYER[by_name[f"value_diff, {end} first"]["heads"]]
+        drawn = [o["heads"] for o in found if o["kind"] == kind]
+        assert all((LAYER[o] == like).all() for o in drawn)
+        assert len({tuple(o) for o in drawn}) == 3
+    for order in found:
+        assert sorted(order["heads"]) == list(range(SIZE)), order["order"]
+        assert (order["turn"] is None) == (order["order"] == order["kind"])
+    assert {o["turn"] for o in found if o["kind"] == "random"} == {0, 1, 2}
+
+
+def test_ties_are_drawn_and_unknown_scores_come_last(modules):
+    values = np.array([1.0, 2, 2, 2, np.nan, 0])
+    drawn = {
+        tuple(modules.orders.ranked(values, np.random.default_rng(seed))) for seed in range(40)
+    }
+    assert {o[:3] for o in drawn} == {
+        (1, 2, 3), (1, 3, 2), (2, 1, 3), (2, 3, 1), (3, 1, 2), (3, 2, 1),
+    }  # fmt: skip
+    assert {o[3:] for o in drawn} == {(0, 5, 4)}
+
+
+def test_points(modules):
+    """Shares, or every few heads up to 40 %; the common ones are always among them."""
+    assert plan(modules).counts(SIZE, ordered=True) == {3: 0.1, 6: 0.2, 9: 0.3, 12: 0.4}
+    assert plan(modules).counts(SIZE, ordered=False) == {6: 0.2, 12: 0.4}
+    every = plan(modules, points="every 5").counts(SIZE, ordered=True)
+    assert every == {5: 5 / SIZE, 6: 0.2, 10: 10 / SIZE, 12: 0.4}
+    assert plan(modules, quick=True).common == [0.2]
+    standard = plan(modules, points="", random_points="0.1,0.25,0.4").counts(272, ordered=True)
+    assert list(standard) == [14, 27, 41, 54, 68, 82, 109]
+
+
+def test_texts_for_single_heads_are_none_of_the_orders(modules):
+    asked = [
+        {"id": f"{f}{i}", "family": f, "ids": [i, 7], "text": ""} for f in "abc" for i in range(4)
+    ]
+    tokens = [[100 + n, 200 + n, 300 + n] for n in range(12)]
+    texts = modules.readings.choose(asked, tokens, SimpleNamespace(**CFG))
+    assert [t["id"] for t in texts if t["use"] == "single"] == ["a0", "b0", "c0"]
+    assert [t["id"] for t in texts if t["use"] == "orders"] == ["a1", "a2", "b1", "b2", "c1", "c2"]
+    assert texts[1]["ids"] == [1, 7, 101, 201] and texts[1]["steps"] == 3
+    assert [t["turn"] for t in texts if t["use"] == "orders"] == [0, 1, 2, 0, 1, 2]
+    cfg = SimpleNamespace(**CFG | {"quick": True, "steps": 2})
+    quick = modules.readings.choose(asked, tokens, cfg)
+    assert [(t["id"], t["use"]) for t in quick] == [
+        ("a0", "single"), ("a1", "orders"), ("b1", "orders"),
+    ]  # fmt: skip
+    assert quick[0]["ids"] == [0, 7, 100]
+
+
+def test_bad_settings_are_one_line(modules):
+    good = modules.orders.heads
+    asked = [{"id": f"a{i}", "family": "a", "ids": [1], "text": ""} for i in range(2)]
+    choose = lambda **kw: modules.readings.choose(  # noqa: E731
+        asked, [[1, 2]] * 2, SimpleNamespace(**CFG | kw)
+    )
+    wrong = [
+        (lambda: plan(modules, points="0.1,1.2"), "share of 1.2"),
+        (lambda: plan(modules, points="0,0.5"), "share of 0 of"),
+        (lambda: plan(modules, random_points="-0.1"), "share of -0.1"),
+        (lambda: plan(modules, points="a half"), "write shares of all heads"),
+        (lambda: plan(modules, points="every 0"), "every 5"),
+        (lambda: plan(modules, points="every"), "every 5"),
+        (lambda: plan(modules, random_orders=1), "at least 2"),
+        (lambda: plan(modules, random_points=""), "needs at least one share"),
+        (lambda: good(scores(), single(1.0), ["synergy"]), "no column 'synergy'; there are value"),
+        (lambda: good(scores(), single(1.0), ["layer"]), "no column 'layer'"),
+        (lambda: good(scores()[:25], single(1.0), ["value_diff"]), "scores of 25 heads.*model 30"),
+        (lambda: good(scores(head=np.arange(SIZE)), single(1.0), ["value_diff"]), "another model"),
+        (lambda: choose(steps=3), "wrote 2 tokens"),
+        (lambda: choose(), "one prompt more of each; 005 has 2 of a"),
+    ]
+    for call, said in wrong:
+        with pytest.raises(BadInput, match=said) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def made_up(value, texts=6):
+    """Points of three orders; value(kind, text, order, share) gives the divergence."""
+    rows = []
+    for n in range(texts):
+        rows.append(("none", "none", 0.0, 0, n, "zero", 1e-9))
+        for kind, orders in (("score, high first", [0]), ("random", [0, 1, 2, 3])):
+            for j in orders:
+                if kind == "random" and j % 2 != n % 2:
+                    continue
+                name = f"{kind} {j}" if kind == "random" else kind
+                for share in (0.2, 0.4):
+                    kl = value(kind, n, j, share)
+                    rows.append((name, kind, share, int(share * 10), n, "zero", kl))
+    columns = ["order", "kind", "share", "heads", "id", "ablation", "kl"]
+    return pd.DataFrame(rows, columns=columns).assign(family="f", turn=0)
+
+
+def test_areas_against_random(modules):
+    """Three times random at every point and in every text is 3, whatever texts and orders are."""
+
+    def value(kind, n, j, share):
+        return (1 + n) * (3 if kind != "random" else 1) * share**2
+
+    found = modules.tables.areas(made_up(value), [0.2, 0.4], seed=0)
+    row = found[found.kind == "score, high first"].iloc[0]
+    # Trapezoids 0, 0.04, 0.16 at 0, 0.2, 0.4, times 3, times the mean of 1 .. 6.
+    assert row.area == pytest.approx(3 * 3.5 * (0.02 * 0.2 + 0.1 * 0.2))
+    assert row.value == pytest.approx(3) and row.below == 1
+    assert row.low < 3 < row.high or (row.low, row.high) == (pytest.approx(3), pytest.approx(3))
+    assert (row.texts, row.orders) == (6, 4)
+
+
+def test_the_intervals_know_of_orders(modules):
+    """One lucky order among the random ones is uncertainty, also where texts are all alike."""
+
+    def value(kind, n, j, share):
+        return 1.0 if kind != "random" else (4.0 if j == 0 else 1.0)
+
+    row = modules.tables.areas(made_up(value), [0.2, 0.4], seed=0).iloc[0]
+    assert row.value == pytest.approx(1 / 1.75)
+    assert row.low < 0.45 and row.high == pytest.approx(1, abs=0.01)
+    assert row.below == 0
+
+
+def test_correlations_within_layers_leave_depth_out(modules):
+    """A score that is nothing but depth says nothing within layers."""
+    rng = np.random.default_rng(0)
+    depth = LAYER + 0.001 * rng.normal(size=SIZE)
+    heads = scores(value_diff=depth).assign(alone=np.exp(LAYER + rng.normal(size=SIZE) * 0.3))
+    found = modules.tables.correlations(heads, ["value_diff"], 0)
+    found = found.set_index(["score", "within_layers"])
+    over = found.loc[("value_diff", False)]
+    assert over.value == pytest.approx(spearmanr(depth, heads.alone).statistic)
+    assert over.value > 0.9 and over.low > 0.7
+    assert abs(found.loc[("value_diff", True)].value) < 0.5
+    assert ("layer", False) in found.index and ("layer", True) not in found.index
+    same = heads.assign(value_diff=heads.alone.rank())
+    exact = modules.tables.correlations(same, ["value_diff"], 0)
+    assert exact[exact.score == "value_diff"].value.tolist() == pytest.approx([1, 1])
+
+
+def test_reliability_is_over_all_halvings(modules):
+    rng = np.random.default_rng(0)
+    importance = rng.normal(size=SIZE)
+    assert modules.tables.reliability(single(importance, "abcd"))["value"] == pytest.approx(1)
+    noise = pd.concat([single(rng.normal(size=SIZE), [t]) for t in "abcd"])
+    assert abs(modules.tables.reliability(noise)["value"]) < 0.4
+    assert math.isnan(modules.tables.reliability(single(importance))["value"])
+
+
+def test_curves_are_means_over_texts_and_orders(modules):
+    def value(kind, n, j, share):
+        return 10 * share + n if kind != "random" else j
+
+    found = modules.tables.curves(made_up(value)).set_index(["kind", "share"])
+    assert found.loc[("score, high first", 0.2), "mean"] == pytest.approx(2 + 2.5)
+    assert found.loc[("random", 0.4), "mean"] == pytest.approx(1.5)
+    assert found.loc["random"].resampled.unique() == ["orders"] and found.loc["random"].n.max() == 4
+    assert found.loc["score, high first"].n.max() == 6
