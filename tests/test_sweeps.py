@@ -91,11 +91,15 @@ def test_the_compiled_program_has_no_other_parts(kind):
 
 def test_random_sets_match_in_every_layer():
     heads = [(3, 0), (3, 1), (5, 4)]
-    drawn = sweeps.random_sets(heads, n_heads=9, n=50, seed=1)
+    drawn = sweeps.random_sets(heads, 8, 9, n=50, seed=1)
     assert all(sorted(layer for layer, _ in one) == [3, 3, 5] for one in drawn)
     assert not {head for one in drawn for head in one} & set(heads)
+    assert all(len(set(one)) == 3 for one in drawn)
     assert len({tuple(sorted(one)) for one in drawn}) > 20
-    assert drawn == sweeps.random_sets(heads, 9, 50, seed=1) != sweeps.random_sets(heads, 9, 50, 2)
+    assert drawn == sweeps.random_sets(heads, 8, 9, 50, 1) != sweeps.random_sets(heads, 8, 9, 50, 2)
+    crowded = sweeps.random_sets([(2, 0), (2, 1), (2, 2)], 4, 4, 20)
+    assert {tuple(sorted(layer for layer, _ in one)) for one in crowded} <= {(1, 1, 2), (1, 2, 3),
+                                                                            (2, 3, 3)}  # fmt: skip
     assert sweeps.together(heads) == (Site("z", 3, (0, 1)), Site("z", 5, (4,)))
 
 
@@ -123,7 +127,7 @@ WRONG = [
     (lambda m, b: sweeps.sliding(3, 4), "layer window 0 to 4"),
     (lambda m, b: sweeps.band(3, 0.6, 0.9), "layer window 0 to 0"),
     (lambda m, b: sweeps.at(b, "entity"), "no token is 'entity' in p0; there are function"),
-    (lambda m, b: sweeps.random_sets([(0, 0), (0, 1), (0, 2)], 4, 1), "too few for a random set"),
+    (lambda m, b: sweeps.random_sets([(0, 0), (0, 1)], 1, 3, 1), "2 of 3 heads leave too few"),
     (lambda m, b: run(m, type(b)(b.pairs, b.clean, b.corrupt, b.answer, b.answer), [SITE]),
      "p0 has its answer as foil"),
 ]  # fmt: skip
