@@ -112,8 +112,11 @@ def backward(
     held: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: object, name: str) -> Tensor:
-        held[name] = x
-        return x  # hooks of q, k, v and z hand out a view: only what is returned is used
+        # A view of its own: what reads here gets this one and nothing else does. (Hooks of q, k, v
+        # and z hand out a view that is not used unless it is returned; ln2.hook_in holds the stream
+        # itself, whose gradient would be that of all its readers.)
+        held[name] = x.view_as(x)
+        return held[name]
 
     hooks = [(name, lambda x, hook, name=name: keep(x, hook, name)) for name in names]
     with torch.enable_grad():
