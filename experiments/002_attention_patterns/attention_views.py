@@ -187,13 +187,14 @@ def of_task(
             clean.mean((1, 2)), groups
         )
     }
-    if inside.any() and not inside.all():
-        gap = clean[:, inside].mean((1, 2)) - clean[:, ~inside].mean((1, 2))
-        out[f"{task}: the same in the band minus outside it"] = stats.mean_ci(gap, groups)
     random = entity(asked, held["random"], rows)
     out[f"{task}: the same minus random tokens in the same places"] = stats.mean_ci(
         (clean - random).mean((1, 2)), groups
     )
+    if inside.any() and not inside.all():
+        for values, label in ((clean, ""), (clean - random, ", random tokens taken off")):
+            gap = values[:, inside].mean((1, 2)) - values[:, ~inside].mean((1, 2))
+            out[f"{task}: in the band minus outside it{label}"] = stats.mean_ci(gap, groups)
     of_layer = asked.by_group(clean, rows).mean((0, 2))
     out[f"{task}: layer with most of it, mean over heads"] = int(of_layer.argmax())
     best = top[top.task == task].iloc[0]
