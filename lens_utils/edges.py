@@ -148,8 +148,9 @@ class Writer:
     @staticmethod
     def names(model: LoadedModel, layer: int) -> list[str]:
         """The hooks of a layer that `shares` wants: z, attn_out and, where there is one, scale."""
-        parts = ("attn.hook_z", "hook_attn_out", "ln1_post.hook_scale")
-        return [n for p in parts if (n := f"blocks.{layer}.{p}") in model.bridge.hook_dict]
+        normed = hasattr(model.bridge.blocks[layer], "ln1_post")
+        parts = ("attn.hook_z", "hook_attn_out", *(["ln1_post.hook_scale"] if normed else []))
+        return [f"blocks.{layer}.{part}" for part in parts]
 
     def shares(
         self, layer: int, held: Sequence[Float[Tensor, "row pos ..."]]
@@ -200,7 +201,8 @@ def edge_scores(
     the logit difference, with enough points. Raises BadInput for points outside 0 .. 1.
     """
     check(model, batch, [])
-    nodes, readout, start = graph(model), Readout(model.bridge), hook(0)
+    nodes, readout = graph(model), Readout(model.bridge)
+    dtype = model.bridge.blocks[0].attn.W_Q.dtype
     clean, corrupt = writes(model, batch)
     difference = clean - corrupt
     names = {
@@ -210,8 +212,7 @@ def edge_scores(
     } | {("logits", None): hook(model.n_layers)}
     shape = (len(batch.clean), len(nodes.senders), len(nodes.receivers))
     scores = torch.zeros(shape, device=model.device)
-    ends = (record(model, ids, [start])[start] for ids in (batch.clean, batch.corrupt))
-    for embedding in line(*ends, at):
+    for embedding in line(clean[0].to(dtype), corrupt[0].to(dtype), at):
         values, gradients = backward(model, readout, batch, embedding, list(names.values()))
         for (part, layer), name in names.items():
             if part == "resid_pre":
@@ -291,7 +292,7 @@ def path_patch(
     check(model, batch, [])
     if receiver not in nodes.receivers:
         raise BadInput(f"{model.name} has no receiver {receiver}")
-    moved = _moves(model, batch, nodes.below(receiver))
+    moved = _moves(model, batch, nodes, nodes.below(receiver))
     last = hook(model.n_layers)
     final = record(model, batch.corrupt, [last])[last][:, -1].float()
     corrupt = readout.logit_diff(final, batch.answer, batch.foil)
@@ -320,7 +321,7 @@ def path_patch(
 
 
 def _moves(
-    model: LoadedModel, batch: Batch, below: int
+    model: LoadedModel, batch: Batch, nodes: Graph, below: int
 ) -> Float[Tensor, "sender pair pos d_model"]:
     """How the stream moves at once when one sender is clean and all others are corrupted.
 
@@ -330,7 +331,7 @@ def _moves(
     clean, corrupt = writes(model, batch)
     moved = (clean - corrupt)[:below]
     for layer, block in enumerate(model.bridge.blocks):
-        heads = graph(model).heads(layer)
+        heads = nodes.heads(layer)
         if heads.start < below and hasattr(block, "ln1_post"):
             names = [f"blocks.{layer}.attn.{part}" for part in ("hook_z", "hook_out")]
             there, here = (record(model, ids, names) for ids in (batch.clean, batch.corrupt))

@@ -25,46 +25,52 @@ PATHS = (read.CITY, IOI)
 LISTED = 40  # strongest edges of a wording that are listed
 
 
-def guesses(session: read.Session) -> Callable[[Sequence[Wording]], pd.DataFrame]:
-    """For `run.chunks` over wordings: attribution patching, its integrated form, and the truth.
+def guessed(session: read.Session) -> list[Wording]:
+    """The wordings whose heads were swept by denoising."""
+    jobs = [job for job in session.head_jobs() if job.kind == "denoise"]
+    return [(job.task, job.template) for job in jobs]
+
+
+def guesses(
+    session: read.Session, swept: pd.DataFrame
+) -> Callable[[Sequence[Wording]], pd.DataFrame]:
+    """For `run.chunks` over `guessed(session)`: attribution patching and the truth.
 
     One row per pair and node (component z with its head, or mlp_out with head -1), at all positions
     at once; columns plain, integrated and exact, in nats of logit difference restored. The pairs
-    are those of the head sweep.
+    are those of the head sweep, whose rows (head_sweep.parquet) are the truth for heads.
     """
+    exact = swept[(swept.kind == "denoise") & (swept.component == "z")]
+    exact = exact.assign(exact=exact.logit_diff - exact.corrupt)[["id", "layer", "head", "exact"]]
 
     def measure(wordings: Sequence[Wording]) -> pd.DataFrame:
         frames = []
         for wording in wordings:
-            for batch in pairs.batches(session.model, _some(session, wording, 8), 8):
-                frames.append(_guessed(session, batch))
+            some = [p for p in session.of(*wording) if p.id in set(exact.id)]
+            for batch in pairs.batches(session.model, some, 8):
+                mlps = sweeps.sweep(session.model, batch, "mlp_out", "denoise", [])
+                restored = mlps.logit_diff - mlps.corrupt[:, None]
+                heads, layers = _guessed(session, batch)
+                truth = _rows(batch, layers[0], {"exact": restored, **layers[1]})
+                frames += [_rows(batch, *heads).merge(exact, on=["id", "layer", "head"]), truth]
         return pd.concat(frames, ignore_index=True)
 
     return measure
 
 
-def _guessed(session: read.Session, batch: Batch) -> pd.DataFrame:
-    nodes = ("z", "mlp_out")
-    found = {
-        "plain": gradients.attribute(session.model, batch, gradients.PLAIN, nodes),
-        "integrated": gradients.attribute(session.model, batch, gradients.midpoints(), nodes),
-        "exact": {},
-    }
-    for node in nodes:
-        over = ["head"] if node == "z" else []
-        swept = sweeps.sweep(session.model, batch, node, "denoise", over)
-        found["exact"][node] = swept.logit_diff - swept.corrupt.reshape(-1, *[1] * len(swept.axes))
-        for guess in ("plain", "integrated"):
-            found[guess][node] = found[guess][node].sum(2)  # over positions
-    frames = []
-    for node in nodes:
-        sizes = found["exact"][node].shape[1:]
-        index = list(itertools.product(*map(range, sizes)))
-        places = pd.DataFrame({"layer": [i[0] for i in index],
-                               "head": [i[1] if len(i) > 1 else -1 for i in index]})  # fmt: skip
-        values = {name: of[node] for name, of in found.items()}
-        frames.append(_rows(batch, places, values).assign(component=node))
-    return pd.concat(frames, ignore_index=True)
+def _guessed(session: read.Session, batch: Batch) -> list[tuple[pd.DataFrame, dict[str, Tensor]]]:
+    """Places of heads and of MLPs, and their scores over all positions."""
+    found = {"plain": gradients.PLAIN, "integrated": gradients.midpoints()}
+    scores = {name: gradients.attribute(session.model, batch, at, ("z", "mlp_out"))
+              for name, at in found.items()}  # fmt: skip
+    parts = []
+    for node in ("z", "mlp_out"):
+        values = {name: of[node].sum(2) for name, of in scores.items()}
+        index = itertools.product(*map(range, values["plain"].shape[1:]))
+        places = pd.DataFrame(index, columns=["layer", "head"][: values["plain"].ndim - 1])
+        parts.append((places.reindex(columns=["layer", "head"], fill_value=-1)
+                      .assign(component=node), values))  # fmt: skip
+    return parts
 
 
 def paths(session: read.Session, top: pd.DataFrame) -> Callable[[Sequence[Wording]], pd.DataFrame]:
@@ -81,9 +87,10 @@ def paths(session: read.Session, top: pd.DataFrame) -> Callable[[Sequence[Wordin
         for wording in wordings:
             layer, head = read.strongest(top, wording)[0]
             kv_head = head * nodes.n_kv_heads // nodes.n_heads
-            receivers = [Node("q", layer, head), Node("k", layer, kv_head),
-                         Node("v", layer, kv_head), Node("logits")]  # fmt: skip
-            some = session.held_out(wording)[: 2 if session.cfg.quick else 4]
+            receivers = [Node("v", layer, kv_head), Node("logits")]
+            if not session.cfg.quick:
+                receivers[:0] = [Node("q", layer, head), Node("k", layer, kv_head)]
+            some = session.held_out(wording)[: 1 if session.cfg.quick else 4]
             for batch in pairs.batches(model, some, 4):
                 clean, corrupt = sweeps.baselines(model, batch)
                 for receiver in receivers:
@@ -206,10 +213,6 @@ def _of(session: read.Session, wording: Wording) -> list[Pair]:
     made = exchanged(session.of(*RANDOM))
     known = pairs.screen(session.model, made).known
     return [p for p, k in zip(made, known, strict=True) if k]
-
-
-def _some(session: read.Session, wording: Wording, n: int) -> list[Pair]:
-    return _of(session, wording)[: 2 if session.cfg.quick else n]
 
 
 def _halves(session: read.Session, wording: Wording) -> tuple[list[Pair], list[Pair]]:
