@@ -278,6 +278,16 @@ def test_values_and_keys_are_the_models_own(built, arch):
     torch.testing.assert_close(head_reading.keys(model, 1, resid), k, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["gemma3", "neox-parallel", "gpt2"])
+def test_an_effective_embedding_is_the_stream_behind_block_0(built, arch):
+    """Of the bare token behind BOS, whatever else is asked for."""
+    model, _ = built(arch)
+    found = head_reading.effective_embedding(model, torch.tensor([7, 9, 11]))
+    assert model.bos == (1,)
+    expected = model.bridge(torch.tensor([[1, 9]]), stop_at_layer=1)[0, -1]
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_heads_say_orders_words_as_their_contributions_do(built, arch):
     """A head's contribution from one position to answer - foil, for every word as the answer."""

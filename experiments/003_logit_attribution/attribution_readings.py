@@ -24,6 +24,9 @@ TOP = 5  # of the whole vocabulary
 
 def spread(values: ndarray, groups: ndarray) -> tuple[ndarray, ndarray, ndarray, int]:
     """Mean over groups of pairs with a 95 % bootstrap band over groups, for any further axes."""
+    if len(values) == 0:  # a task of one wording has no other one
+        nothing = np.full(values.shape[1:], np.nan)
+        return nothing, nothing, nothing, 0
     flat = pd.DataFrame(np.asarray(values, dtype=float).reshape(len(values), -1))
     by_group = flat.groupby(groups).mean().to_numpy()
     band = (part.reshape(values.shape[1:]) for part in stats.bands(by_group))
@@ -148,7 +151,8 @@ class Session:
     def neurons(self, asked: pd.DataFrame, strongest: pd.DataFrame) -> pd.DataFrame:
         """The top neurons of each task's strongest MLPs, chosen on one half of the groups.
 
-        Measured on the other half, beside as many random neurons of the same MLPs; and the sums
+        Chosen in the first wording; measured on the same groups in the other wording (same_), and
+        on the other half in both. Beside them as many random neurons of the same MLPs, and sums
         (neuron -1) of the top ones, of the random ones, and of all, over the MLPs of a task.
         """
         rows, rng = [], np.random.default_rng(self.cfg.seed)
@@ -156,14 +160,25 @@ class Session:
             members = [p for p in self.pairs if p.task == task]
             batches = list(pairs.batches(self.model, members, 16))
             about = asked.set_index("id").loc[[p.id for b in batches for p in b.pairs]]
-            choosing, groups = (about.half == 0).to_numpy(), about.group.to_numpy()
+            first, groups = about.template == members[0].template, about.group.to_numpy()
+            choosing = (about.half == 0).to_numpy() & first.to_numpy()
+            measured = {"": (about.half == 1).to_numpy(),
+                        "same_": (about.half == 0).to_numpy() & ~first.to_numpy()}  # fmt: skip
+            place: dict[str, object] = {"task": task, "says": ""}
             sums: dict[str, ndarray] = {}
+
+            def rated(values: ndarray, where=measured, groups=groups, choosing=choosing) -> dict:
+                found = {"chosen_on": values[choosing].mean(0)}
+                for name, rows in where.items():
+                    mean, low, high, n = spread(values[rows], groups[rows])
+                    found |= {f"{name}mean": mean, f"{name}low": low, f"{name}high": high}
+                    found |= {f"{name}n": n}
+                return found
+
             held = [attribution.neurons(self.model, b, places.layer.tolist()) for b in batches]
             for layer in places.layer.tolist():
                 values = torch.cat([part[layer][0] for part in held]).cpu().numpy()
-                first = values[choosing].mean(0)
-                mean, low, high, n = spread(values[~choosing], groups[~choosing])
-                order = np.argsort(-first)
+                order = np.argsort(-values[choosing].mean(0))
                 picked = {
                     "top": order[: self.cfg.neurons],
                     "random": rng.permutation(order[self.cfg.neurons :])[: self.cfg.neurons],
@@ -171,22 +186,16 @@ class Session:
                 }
                 for kind, cells in picked.items():
                     sums[kind] = sums.get(kind, 0) + values[:, cells].sum(1, keepdims=True)
-                    rows += [
-                        {"task": task, "layer": layer, "neuron": i, "kind": kind,
-                         "chosen_on": first[i], "mean": mean[i], "low": low[i], "high": high[i],
-                         "n": n, "says": self._says(layer, i) if kind == "top" else ""}
-                        for i in cells.tolist() if kind != "all"
-                    ]  # fmt: skip
+                    if kind != "all":
+                        says = [self._says(layer, i) if kind == "top" else "" for i in cells]
+                        about_cells = {"layer": layer, "neuron": cells, "kind": kind, "says": says}
+                        rows.append(pd.DataFrame(place | about_cells | rated(values[:, cells])))
             for kind, values in sums.items():
-                mean, low, high, n = spread(values[~choosing], groups[~choosing])
-                rows.append(
-                    {"task": task, "layer": -1, "neuron": -1, "kind": kind,
-                     "chosen_on": values[choosing].mean(), "mean": mean[0], "low": low[0],
-                     "high": high[0], "n": n, "says": ""}
-                )  # fmt: skip
-        return pd.DataFrame(rows)
+                whole = {"layer": -1, "neuron": [-1], "kind": kind}
+                rows.append(pd.DataFrame(place | whole | rated(values)))
+        return pd.concat(rows, ignore_index=True)
 
-    def _says(self, layer: int, neuron: int) -> str:
+    def _says(self, layer: int, neuron: int | np.integer) -> str:
         """The tokens that a neuron raises most when it is active."""
         bridge = self.model.bridge
         written = bridge.blocks[layer].mlp.W_out[neuron].float()

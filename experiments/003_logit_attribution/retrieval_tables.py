@@ -188,9 +188,17 @@ def summarise(
         many = ((cells.task == task) & (cells.kind == "top") & (cells.neuron >= 0)).sum()
         label = f"{task}: {many} neurons of the three strongest MLPs, where chosen (nats)"
         out[label] = float(top.chosen_on)
-        out[f"{task}: the same neurons on the other half (nats)"] = _estimate(top)
-        out[f"{task}: as many random neurons (nats)"] = _estimate(sums.loc[(task, "random")])
-        out[f"{task}: the three MLPs in all (nats)"] = _estimate(sums.loc[(task, "all")])
+        again = top[["same_mean", "same_low", "same_high", "same_n"]]
+        out[f"{task}: the same neurons, same words in the other wording (nats)"] = _estimate(
+            again.rename(lambda name: name.removeprefix("same_"))
+        )
+        out[f"{task}: the same neurons, other words (nats)"] = _estimate(top)
+        out[f"{task}: as many random neurons, other words (nats)"] = _estimate(
+            sums.loc[(task, "random")]
+        )
+        out[f"{task}: the three MLPs in all, other words (nats)"] = _estimate(
+            sums.loc[(task, "all")]
+        )
     return out
 
 
@@ -217,4 +225,4 @@ def _readings(ov: pd.DataFrame, qk: pd.DataFrame, found: pd.DataFrame) -> dict[s
 
 
 def _estimate(row: pd.Series) -> Estimate:
-    return Estimate(value=row["mean"], low=row.low, high=row.high, n=int(row.n))
+    return Estimate(value=row["mean"], low=row["low"], high=row["high"], n=int(row["n"]))
