@@ -18,6 +18,10 @@ def summarise(
     sets: pd.DataFrame,
     cuts: pd.DataFrame,
     twin: pd.DataFrame,
+    fits: pd.DataFrame,
+    routes: pd.DataFrame,
+    smallest: pd.DataFrame,
+    circuits: pd.DataFrame,
     related: pd.DataFrame,
     seed: int,
 ) -> dict[str, object]:
@@ -94,6 +98,30 @@ def summarise(
             label = f"{task}: share restored by its strongest head"
             out[f"{task}: strongest head"] = f"L{first.layer}H{first['head']}"
             out[f"{label} (held-out pairs)"] = estimate(here.iloc[0])
+    for row in of(fits, CITY).itertuples():
+        part = "heads" if row.component == "z" else "MLPs"
+        label = f"attribution patching ({row.guess}) against exact patching, {part}, capital city"
+        out[f"{label}, correlation"] = stats.Estimate(value=row.r, low=row.r_low, high=row.r_high,
+                                                      n=row.n)  # fmt: skip
+        out[f"{label}, slope"] = stats.Estimate(value=row.slope, low=row.slope_low,
+                                                high=row.slope_high, n=row.n)  # fmt: skip
+    for part, said in (("v", "values of the strongest head"), ("logits", "output")):
+        here = of(routes, CITY)
+        here = here[here.part == part]
+        if len(here):
+            best = here.loc[here["mean"].idxmax()]
+            out[f"strongest edge into the {said}, capital city"] = best.sender
+            out[f"share it restores alone, into the {said}"] = estimate(best)
+    for row in smallest.itertuples():
+        said = f"{row.task} {row.template}, by {row.order}"
+        fewest = "none" if np.isnan(row.edges) else int(row.edges)
+        out[f"fewest edges tried that keep 80 %, {said} (of {row.of:,})"] = fewest
+    for order in ("EAP-IG", "EAP-IG shuffled", "random edges"):
+        here = of(circuits, CITY)
+        here = here[(here.order == order) & (here.kept_pct.between(1.5, 2.5))]
+        if len(here):
+            label = f"share kept by 2 % of the edges, capital city, {order} (held-out pairs)"
+            out[label] = estimate(here.iloc[0])
     for row in related.itertuples():
         label = f"rank correlation of {row.first} and {row.second}, {row.heads}"
         out[label] = stats.Estimate(value=row.rho, low=row.low, high=row.high, n=row.n)

@@ -3,7 +3,8 @@
 Which activations carry a fact from the word that names it to the place where it is said? One part
 of a run is replaced by that of a run with another answer, or taken away: the residual stream, the
 attention, the MLPs, every head, its inputs, and attention between classes of tokens. Are the heads
-found in this way those that 002 sees reading the entity and 003 credits with the answer?
+found in this way those that 002 sees reading the entity and 003 credits with the answer? And how
+few edges between heads and MLPs keep the answer?
 Findings: analyses.md beside this file.
 """
 
@@ -32,11 +33,15 @@ class Config(BaseConfig):
 
 
 def main(cfg: Config, run: Run) -> None:
-    import patch_readings as read  # these need torch and pandas: --help does not wait for them
+    import circuit_readings as circuit  # these need torch and pandas: --help does not wait for them
+    import patch_circuits as wired
+    import patch_readings as read
     import patch_summary
     import patch_tables as table
 
     screened = run.upstream("002_attention_patterns", "pairs.csv")
+    attended = run.upstream("002_attention_patterns", "heads.csv")
+    attributed = run.upstream("003_logit_attribution", "heads.csv")
     session = read.Session(cfg, run, screened)
     tokens = run.stage("tokens.csv", session.tokens)
     # 1. One part replaced, by layer and position; every head replaced or taken away.
@@ -57,16 +62,42 @@ def main(cfg: Config, run: Run) -> None:
     # 3. Attention between classes of tokens removed, in windows of layers.
     removed = run.chunks("knockout.parquet", session.wordings(), 1, session.knockout)
     cuts = run.stage("knockout.csv", lambda: table.cut_effects(removed))
-    # 4. The three experiments on one table: do they name the same heads?
-    attended = run.upstream("002_attention_patterns", "heads.csv")
-    attributed = run.upstream("003_logit_attribution", "heads.csv")
+    # 4. What gradients guess against what patching finds; edges between heads and MLPs, one at a
+    # time, and the fewest that keep the answer, chosen on some pairs and run on others.
+    guesses = run.chunks("guesses.parquet", circuit.guessed(session), 1,
+                         circuit.guesses(session, swept))  # fmt: skip
+    run.stage("guessed_nodes.csv", lambda: wired.nodes(guesses))
+    fits = run.stage("guess_fits.csv", lambda: wired.fits(guesses, cfg.seed))
+    receivers = [w for w in circuit.PATHS if w in session.wordings()]
+    paths = run.chunks("paths.parquet", receivers, 1, circuit.paths(session, top))
+    routes = run.stage("routes.csv", lambda: wired.routes(paths))
+    wordings = circuit.wired(session)
+    scores = run.chunks("edge_scores.safetensors", wordings, 1, circuit.edge_scores(session))
+    run.stage("edges.csv", lambda: circuit.strongest_edges(session, scores))
+    kept = run.chunks("circuits.parquet", wordings, 1, circuit.faithfulness(session, scores))
+    circuits = run.stage("circuits.csv", lambda: wired.circuits(kept))
+    # 5. The three experiments on one table: do they name the same heads?
     joint = run.stage("joint.csv", lambda: table.joint(swept, attended, attributed))
     related = run.stage("correlations.csv", lambda: table.correlations(joint, cfg.seed))
     run.stage(
         "summary.json",
         lambda: patch_summary.summarise(
-            tokens, positions, moved, heads, top, alone, sets, cuts, twin, related, cfg.seed
-        ),
+            tokens,
+            positions,
+            moved,
+            heads,
+            top,
+            alone,
+            sets,
+            cuts,
+            twin,
+            fits,
+            routes,
+            wired.smallest(circuits),
+            circuits,
+            related,
+            cfg.seed,
+        ),  # fmt: skip
     )
 
 
