@@ -27,7 +27,7 @@ from lens_utils.cache import record
 from lens_utils.edges import Node, edge_scores, graph, path_patch
 from lens_utils.errors import BadInput
 from lens_utils.gradients import PLAIN, attribute, midpoints
-from lens_utils.lens import Readout, hook
+from lens_utils.lens import hook
 from lens_utils.models import wrap
 from lens_utils.patching import Site
 from lens_utils.registry import ModelSpec
@@ -61,8 +61,7 @@ def some_edges(model):
     found = [
         (Node("embed"), Node("q", 1, 2)),
         (Node("head", 0, 1), Node("k", 1, kv_head)),
-        (Node("head", 1, 0), Node("v", 2, 0)),
-        (Node("mlp", 0), Node("v", 1, kv_head)),
+        (Node("mlp", 0), Node("v", 2, 0)),
         (Node("mlp", 1), Node("mlp_in", 2)),
         (Node("head", 2, 3), Node("logits")),
     ]
@@ -87,7 +86,7 @@ def test_edges_against_inputs_split_by_transformer_lens(tiny, arch):
         found = path_patch(model, batch, receiver)[:, s]
         torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
         seen += bool((slope.abs() > 0.01).any())
-    assert seen >= 4
+    assert seen >= 3
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "neox-parallel", "neox-sequential"])
@@ -126,12 +125,9 @@ def test_all_edges_are_the_clean_run_and_none_the_corrupted_one(tiny, arch):
     found = circuits.evaluate(model, batch, torch.stack([exists, exists & False]))
     torch.testing.assert_close(found, torch.stack([clean, corrupt]), atol=1e-4, rtol=0)
     written, _ = edges.writes(model, batch)
-    readout, last = Readout(model.bridge), hook(model.n_layers)
+    last = hook(model.n_layers)
     final = record(model, batch.clean, [last])[last]
-    assert (written.sum(0) - final).std((0, 1)).max() < 1e-5  # the stream, up to constant biases
-    if arch in SANDWICH:
-        assert (written.sum(0) - final).abs().max() < 1e-4
-    assert readout.W_U.shape[0] == written.shape[-1]
+    torch.testing.assert_close(written.sum(0), final, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "neox-parallel"])

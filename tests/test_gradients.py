@@ -85,13 +85,13 @@ def test_scores_are_the_derivative_of_patching(tiny, arch):
 @pytest.mark.parametrize("arch", EVERY)
 def test_integrated_scores_of_the_embedding_sum_to_the_logit_difference(tiny, arch):
     model = of(tiny, arch)
-    batch = random_batch(model)
+    batch = random_batch(model, 2)
     gap = logit_diff(model, batch, batch.clean) - logit_diff(model, batch, batch.corrupt)
-    scores = attribute(model, batch, midpoints(24), ["resid_pre"])["resid_pre"]
-    torch.testing.assert_close(scores[:, 0].sum(1), gap, atol=0.02, rtol=0.01)
+    scores = attribute(model, batch, midpoints(12), ["resid_pre"])["resid_pre"]
+    torch.testing.assert_close(scores[:, 0].sum(1), gap, atol=0.04, rtol=0.02)
     if arch != "induction":  # and one point does not do: the models are not linear
         plain = attribute(model, batch, PLAIN, ["resid_pre"])["resid_pre"]
-        assert (plain[:, 0].sum(1) - gap).abs().max() > 0.05
+        assert (plain[:, 0].sum(1) - gap).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "neox-parallel", "gpt2"])
