@@ -140,6 +140,6 @@ def strongest_mlps(asked: pd.DataFrame, parts: dict) -> pd.DataFrame:
     """The three MLPs of each task that add most, on the half of the pairs where one may choose."""
     rows = []
     for task, members in asked[asked.half == 0].groupby("task", sort=False):
-        mean = parts["mlp"][members.index.to_numpy()].mean(0)
+        mean = parts["mlp"][np.array(members.index)].mean(0)
         rows += [{"task": task, "layer": int(layer)} for layer in mean.topk(3).indices]
     return pd.DataFrame(rows)

@@ -35,7 +35,6 @@ QUANTITIES = {
     "mlp": "MLPs, all layers (nats)",
     "from_entity": "attention to the entity, all heads (nats)",
     "mlp_share": "share of MLPs in the absolute sum",
-    "heads_abs": "absolute sum over heads (nats)",
 }
 OV = {
     ("prompt", "answer_percentile"): "OV, percentile of the answer",
@@ -90,8 +89,9 @@ def retrieval(heads: pd.DataFrame, ov: pd.DataFrame, qk: pd.DataFrame) -> pd.Dat
             before = "" if direction == "attributed" else f"{direction}_"
             if one[f"{before}dla_entity"].isna().any():
                 continue  # a task with two answers has no other pair's answer
-            names = {f"{before}{c}": c for c in ("dla", "dla_entity", "entity_low", "entity_high")}
-            a, b = (t[list(names)].rename(columns=names) for t in (one, other))
+            measures = ("dla", "low", "high", "dla_entity", "entity_low", "entity_high")
+            columns = {f"{before}{name}": name for name in measures}
+            a, b = (t[list(columns)].rename(columns=columns).assign(n=t.n) for t in (one, other))
             top = a.nlargest(FIRST, "dla_entity").join(b, rsuffix="_other")
             rank = b.dla_entity.rank(ascending=False)
             top = top.assign(
@@ -147,27 +147,26 @@ def summarise(
             out[f"{task}: {label}"] = _estimate(of.loc["attributed", task, quantity])
         whole = layers[(layers.direction == "attributed") & (layers.task == task)
                        & (layers.template == "both")]  # fmt: skip
-        for kind, label in (("attn", "attention"), ("mlp", "MLP")):
+        for kind, label in (("attn", "attention"), ("mlp", "MLP")) if task in FACTS else ():
             top = whole[whole.component == kind].nlargest(1, "mean").iloc[0]
             out[f"{task}: {label} layer that adds most"] = int(top.layer)
             out[f"{task}: what it adds, {label} (nats)"] = _estimate(top)
     null = shares[(shares.direction == "untrained") & (shares.template == "both")]
-    for quantity in ("mlp_share", "heads_abs"):
-        values = null[null.quantity == quantity]["mean"].to_numpy()
-        out[f"untrained model, {QUANTITIES[quantity]}, over tasks"] = stats.mean_ci(values)
+    values = null[null.quantity == "mlp_share"]["mean"].to_numpy()
+    out["share of MLPs in the absolute sum, untrained model, over tasks"] = stats.mean_ci(values)
     for task in found.task.unique():
         mine = found[(found.task == task) & (found.direction == "attributed")]
         out[f"{task}: heads named"] = names(mine[mine.named])
-        top = mine.iloc[0]
-        out[f"{task}: head with most from the entity"] = names(mine.head(1))
-        other = heads[(heads.task == task) & (heads.template == top.confirmed_on)]
-        row = other[(other.layer == top.layer) & (other["head"] == top["head"])].iloc[0]
-        out[f"{task}: what it adds in the other wording (nats)"] = _estimate(
-            row.rename({"dla": "mean"})
-        )
-        out[f"{task}: the part of it from the entity (nats)"] = Estimate(
-            value=row.dla_entity, low=row.entity_low, high=row.entity_high, n=int(row.n)
-        )
+        if task in FACTS:
+            top = mine.iloc[0]
+            out[f"{task}: head with most from the entity"] = names(mine.head(1))
+            out[f"{task}: what it adds in the other wording (nats)"] = Estimate(
+                value=top.dla_other, low=top.low_other, high=top.high_other, n=int(top.n)
+            )
+            out[f"{task}: the part of it from the entity (nats)"] = Estimate(
+                value=top.dla_entity_other, low=top.entity_low_other, high=top.entity_high_other,
+                n=int(top.n),
+            )  # fmt: skip
     for direction, label in DIRECTIONS.items():
         of_direction = found[found.direction == direction]
         steps = of_direction.step_1 & of_direction.step_2
