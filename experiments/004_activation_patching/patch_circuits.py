@@ -66,16 +66,3 @@ def circuits(kept: pd.DataFrame) -> pd.DataFrame:
     share = (kept.logit_diff - kept.corrupt) / (kept.clean - kept.corrupt)
     table = averaged(kept.assign(effect=share), ["task", "template", "order"], ["edges", "of"])
     return table.assign(kept_pct=100 * table.edges / table.of)
-
-
-def smallest(circuits: pd.DataFrame, share: float = 0.8) -> pd.DataFrame:
-    """The fewest edges tried with which a circuit keeps `share` on average; NaN where none do."""
-    rows = []
-    for (task, template, order), one in circuits.groupby(["task", "template", "order"], sort=False):
-        enough = one[one["mean"] >= share].sort_values("edges")
-        row = enough.iloc[0] if len(enough) else None
-        rows.append({"task": task, "template": template, "order": order,
-                     "edges": np.nan if row is None else row.edges,
-                     "kept_pct": np.nan if row is None else row.kept_pct, "of": one.of.iloc[0],
-                     "n": one.n.iloc[0]})  # fmt: skip
-    return pd.DataFrame(rows)

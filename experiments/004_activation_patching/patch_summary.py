@@ -8,25 +8,17 @@ from lens_utils import stats
 CITY, GOVERNMENT = ("capital", "city"), ("capital", "government")
 
 
-def summarise(
-    tokens: pd.DataFrame,
-    positions: pd.DataFrame,
-    moved: pd.DataFrame,
-    heads: pd.DataFrame,
-    top: pd.DataFrame,
-    confirmed: pd.DataFrame,
-    sets: pd.DataFrame,
-    cuts: pd.DataFrame,
-    twin: pd.DataFrame,
-    fits: pd.DataFrame,
-    routes: pd.DataFrame,
-    smallest: pd.DataFrame,
-    circuits: pd.DataFrame,
-    related: pd.DataFrame,
-    seed: int,
-) -> dict[str, object]:
-    """Intervals are 95 % bootstraps over countries (names, words), for correlations over heads."""
+def summarise(tables: dict[str, pd.DataFrame], seed: int) -> dict[str, object]:
+    """Numbers by label, from the tables of this run.
+
+    Intervals are 95 % bootstraps over countries (names, words), for correlations over heads.
+    """
     out: dict[str, object] = {}
+    tokens, positions, moved = (tables[name] for name in ("tokens", "positions", "crossings"))
+    heads, top, confirmed = (tables[name] for name in ("heads", "top_heads", "confirmed"))
+    sets, cuts, twin = (tables[name] for name in ("sets", "knockout", "untrained"))
+    fits, routes, needed = (tables[name] for name in ("guess_fits", "routes", "needed"))
+    circuits, related = (tables[name] for name in ("circuits", "correlations"))
     for (_, template), some in ((w, of(moved, w)) for w in (CITY, GOVERNMENT)):
         for column, said in (
             ("entity_until", "the entity restores half up to block"),
@@ -112,10 +104,11 @@ def summarise(
             best = here.loc[here["mean"].idxmax()]
             out[f"strongest edge into the {said}, capital city"] = best.sender
             out[f"share it restores alone, into the {said}"] = estimate(best)
-    for row in smallest.itertuples():
-        said = f"{row.task} {row.template}, by {row.order}"
-        fewest = "none" if np.isnan(row.edges) else int(row.edges)
-        out[f"fewest edges tried that keep 80 %, {said} (of {row.of:,})"] = fewest
+    for row in needed[needed.order.isin(["EAP", "EAP-IG", "EAP-IG shuffled"])].itertuples():
+        label = f"edges needed to keep 80 %, {row.task} {row.template}, by {row.order}"
+        out[f"{label} (of {row.of:,})"] = stats.Estimate(
+            value=row.edges, low=row.low, high=min(row.high, row.of), n=row.n
+        ) if np.isfinite(row.edges) else "more than were tried"  # fmt: skip
     for order in ("EAP-IG", "EAP-IG shuffled", "random edges"):
         here = of(circuits, CITY)
         here = here[(here.order == order) & (here.kept_pct.between(1.5, 2.5))]

@@ -13,6 +13,8 @@ from lens_utils import stats
 TOP = 8  # strongest heads of a wording
 CITY, GOVERNMENT = ("capital", "city"), ("capital", "government")
 MEASURES = ("attention", "attribution", "patching", "ablation")
+# Two ways to the same end: do they agree?
+VARIANTS = (("patching", "noising"), ("ablation", "zero"), ("ablation", "resample"))
 RESAMPLES = 1000
 
 
@@ -142,14 +144,17 @@ def joint(heads: pd.DataFrame, attended: pd.DataFrame, attributed: pd.DataFrame)
 def correlations(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Spearman's rank correlations of the four measures, over all heads and over the strongest.
 
+    kind: measures, or variants of one of them.
     Strongest: the tenth of the heads with the largest absolute patching effect. 95 % bootstrap
     interval over heads; p: how often shuffled heads correlate as much. shared: heads among the ten
     strongest of both, `chance` how many there would be.
     """
     strong = table.loc[table.patching.abs().nlargest(max(10, len(table) // 10)).index]
     rows = []
-    for (name, one), (a, b) in itertools.product(
-        (("all heads", table), ("strongest heads", strong)), itertools.combinations(MEASURES, 2)
+    asked = [("measures", a, b) for a, b in itertools.combinations(MEASURES, 2)]
+    asked += [("variants", a, b) for a, b in VARIANTS if b in table]
+    for (name, one), (kind, a, b) in itertools.product(
+        (("all heads", table), ("strongest heads", strong)), asked
     ):
         x, y = one[a].to_numpy(), one[b].to_numpy()
         rho = float(spearman(x[None], y[None])[0])
@@ -160,7 +165,8 @@ def correlations(table: pd.DataFrame, seed: int) -> pd.DataFrame:
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
         top = [set(one[m].nlargest(10).index) for m in (a, b)]
         rows.append({
-            "heads": name, "first": a, "second": b, "rho": rho, "low": low, "high": high,
+            "heads": name, "kind": kind, "first": a, "second": b,
+            "rho": rho, "low": low, "high": high,
             "p": (1 + (np.abs(null) >= abs(rho)).sum()) / (1 + RESAMPLES), "n": len(x),
             "shared": len(top[0] & top[1]), "chance": 100 / len(x),
         })  # fmt: skip

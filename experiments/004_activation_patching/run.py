@@ -34,6 +34,7 @@ class Config(BaseConfig):
 
 def main(cfg: Config, run: Run) -> None:
     import circuit_readings as circuit  # these need torch and pandas: --help does not wait for them
+    import circuit_tables
     import patch_circuits as wired
     import patch_readings as read
     import patch_summary
@@ -68,6 +69,7 @@ def main(cfg: Config, run: Run) -> None:
                          circuit.guesses(session, swept))  # fmt: skip
     run.stage("guessed_nodes.csv", lambda: wired.nodes(guesses))
     fits = run.stage("guess_fits.csv", lambda: wired.fits(guesses, cfg.seed))
+    run.stage("misses.csv", lambda: circuit_tables.misses(guesses))
     receivers = [w for w in circuit.PATHS if w in session.wordings()]
     paths = run.chunks("paths.parquet", receivers, 1, circuit.paths(session, top))
     routes = run.stage("routes.csv", lambda: wired.routes(paths))
@@ -76,29 +78,17 @@ def main(cfg: Config, run: Run) -> None:
     run.stage("edges.csv", lambda: circuit.strongest_edges(session, scores))
     kept = run.chunks("circuits.parquet", wordings, 1, circuit.faithfulness(session, scores))
     circuits = run.stage("circuits.csv", lambda: wired.circuits(kept))
+    needed = run.stage("needed.csv", lambda: circuit_tables.needed(kept, cfg.seed))
     # 5. The three experiments on one table: do they name the same heads?
     joint = run.stage("joint.csv", lambda: table.joint(swept, attended, attributed))
     related = run.stage("correlations.csv", lambda: table.correlations(joint, cfg.seed))
-    run.stage(
-        "summary.json",
-        lambda: patch_summary.summarise(
-            tokens,
-            positions,
-            moved,
-            heads,
-            top,
-            alone,
-            sets,
-            cuts,
-            twin,
-            fits,
-            routes,
-            wired.smallest(circuits),
-            circuits,
-            related,
-            cfg.seed,
-        ),  # fmt: skip
-    )
+    tables = {
+        "tokens": tokens, "positions": positions, "crossings": moved, "heads": heads,
+        "untrained": twin, "top_heads": top, "confirmed": alone, "sets": sets, "knockout": cuts,
+        "guess_fits": fits, "routes": routes, "circuits": circuits, "needed": needed,
+        "correlations": related,
+    }  # fmt: skip
+    run.stage("summary.json", lambda: patch_summary.summarise(tables, cfg.seed))
 
 
 if __name__ == "__main__":
