@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lens_utils import circuits, edges, gradients, pairs, sweeps
 from lens_utils.edges import Node
+from lens_utils.errors import BadInput
 from lens_utils.pairs import Batch, Pair
 
 Wording = tuple[str, str]  # task, template
@@ -207,12 +208,14 @@ def exchanged(some: Sequence[Pair]) -> list[Pair]:
 
 
 def _of(session: read.Session, wording: Wording) -> list[Pair]:
-    """The known pairs of a wording, here also of exchanged induction."""
+    """The known pairs of a wording, here also of exchanged induction. Raises BadInput below two."""
     if wording != EXCHANGED:
         return session.of(*wording)
     made = exchanged(session.of(*RANDOM))
-    known = pairs.screen(session.model, made).known
-    return [p for p, k in zip(made, known, strict=True) if k]
+    found = [p for p, k in zip(made, pairs.screen(session.model, made).known, strict=True) if k]
+    if len(found) < 2:
+        raise BadInput(f"{session.model.name} knows {len(found)} pairs of exchanged induction")
+    return found
 
 
 def _halves(session: read.Session, wording: Wording) -> tuple[list[Pair], list[Pair]]:
