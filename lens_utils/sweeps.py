@@ -151,12 +151,6 @@ def sliding(n_layers: int, width: int) -> list[range]:
     return [window(n_layers, first, first + width) for first in range(n_layers - width + 1)]
 
 
-def band(n_layers: int, low: float, high: float) -> range:
-    """The layers at a depth, layer / (n_layers - 1), from low to high. Raises as `window` does."""
-    inside = [n for n in range(n_layers) if low <= n / max(1, n_layers - 1) <= high]
-    return window(n_layers, min(inside, default=0), max(inside, default=-1) + 1)
-
-
 def at(batch: Batch, role: str) -> tuple[int, ...]:
     """Positions of a class of tokens, or of `last`. Raises BadInput where there is none such."""
     classes = batch.pairs[0].classes

@@ -103,10 +103,8 @@ def test_random_sets_match_in_every_layer():
     assert sweeps.together(heads) == (Site("z", 3, (0, 1)), Site("z", 5, (4,)))
 
 
-def test_windows_and_bands():
+def test_windows():
     assert sweeps.sliding(4, 3) == [range(0, 3), range(1, 4)]
-    assert sweeps.band(30, 0.40, 0.85) == range(12, 25)  # lens.md: layers 12 to 24
-    assert sweeps.band(2, 0.0, 1.0) == range(2)
 
 
 SITE = (Site("z", 0),)
@@ -125,7 +123,6 @@ WRONG = [
     (lambda m, b: sweeps.window(3, 2, 1), "layer window 2 to 1"),
     (lambda m, b: sweeps.window(3, 1, 4), "layer window 1 to 4"),
     (lambda m, b: sweeps.sliding(3, 4), "layer window 0 to 4"),
-    (lambda m, b: sweeps.band(3, 0.6, 0.9), "layer window 0 to 0"),
     (lambda m, b: sweeps.at(b, "entity"), "no token is 'entity' in p0; there are function"),
     (lambda m, b: sweeps.random_sets([(0, 0), (0, 1)], 1, 3, 1), "2 of 3 heads leave too few"),
     (lambda m, b: run(m, type(b)(b.pairs, b.clean, b.corrupt, b.answer, b.answer), [SITE]),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lens_utils import pairs, prompts, sweeps
+from lens_utils import attention, pairs, prompts, sweeps
 from lens_utils.errors import BadInput
 from lens_utils.experiment import Run
 from lens_utils.models import LoadedModel
@@ -203,7 +203,7 @@ class Session:
     def knockout(self, wordings: Sequence[tuple[str, str]]) -> pd.DataFrame:
         """Attention between classes removed in windows of layers, for capitals all of them."""
         n = self.model.n_layers
-        middle = sweeps.band(n, 0.40, 0.85)
+        middle = attention.band(n) or range(n)  # none in models of two layers
         named = {"40-85 %": middle, "below 40 %": range(middle[0]), "all layers": range(n)}
         width = max(1, round(n / 6))
         frames = []
