@@ -208,7 +208,7 @@ class Session:
         width = max(1, round(n / 6))
         frames = []
         for wording in wordings:
-            spans = list(named.items())
+            spans = [(name, layers) for name, layers in named.items() if len(layers)]
             if wording[0] == "capital":
                 every = sweeps.sliding(n, width)[:: 5 if self.cfg.quick else 2]
                 spans += [("sliding", layers) for layers in every]
