@@ -330,16 +330,20 @@ def _moves(
     """
     clean, corrupt = writes(model, batch)
     moved = (clean - corrupt)[:below]
-    for layer, block in enumerate(model.bridge.blocks):
-        heads = nodes.heads(layer)
-        if heads.start < below and hasattr(block, "ln1_post"):
-            names = [f"blocks.{layer}.attn.{part}" for part in ("hook_z", "hook_out")]
-            there, here = (record(model, ids, names) for ids in (batch.clean, batch.corrupt))
-            own = einsum(
-                (there[names[0]] - here[names[0]]).float(),
-                block.attn.W_O.float(),
-                "pair pos head d_head, head d_head d_model -> head pair pos d_model",
-            )
-            before = here[names[1]].float()
-            moved[heads] = block.ln1_post(before + own) - block.ln1_post(before)
+    normed = [layer for layer, block in enumerate(model.bridge.blocks)
+              if hasattr(block, "ln1_post") and nodes.heads(layer).start < below]  # fmt: skip
+    z, out = ({layer: f"blocks.{layer}.attn.{part}" for layer in normed}
+              for part in ("hook_z", "hook_out"))  # fmt: skip
+    if normed:
+        names = [*z.values(), *out.values()]
+        there, here = (record(model, ids, names) for ids in (batch.clean, batch.corrupt))
+    for layer in normed:
+        block = model.bridge.blocks[layer]
+        own = einsum(
+            (there[z[layer]] - here[z[layer]]).float(),
+            block.attn.W_O.float(),
+            "pair pos head d_head, head d_head d_model -> head pair pos d_model",
+        )
+        before = here[out[layer]].float()
+        moved[nodes.heads(layer)] = block.ln1_post(before + own) - block.ln1_post(before)
     return moved
