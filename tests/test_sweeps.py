@@ -103,6 +103,17 @@ def test_random_sets_match_in_every_layer():
     assert sweeps.together(heads) == (Site("z", 3, (0, 1)), Site("z", 5, (4,)))
 
 
+def test_a_sweep_can_be_of_some_layers_and_positions(tiny):
+    model = of(tiny, "llama")
+    batch = random_batch(model)
+    whole = sweeps.sweep(model, batch, "z")
+    some = sweeps.sweep(model, batch, "z", layers=[0, 2], positions=[4, 6])
+    assert whole.axes == some.axes == ("layer", "head", "pos")
+    near(some.logit_diff, whole.logit_diff[:, [0, 2]][..., [4, 6]])
+    together = sweeps.sweep(model, batch, "z", over=[], layers=[2], positions=[4, 6])
+    near(together.logit_diff.T, run(model, batch, [(Site("z", 2, None, (4, 6)),)]))
+
+
 def test_windows():
     assert sweeps.sliding(4, 3) == [range(0, 3), range(1, 4)]
 
