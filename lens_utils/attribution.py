@@ -23,7 +23,7 @@ neither is what it does to the scale.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -196,24 +196,28 @@ def attribute(model: LoadedModel, batch: Batch) -> Attribution:
 
 @torch.no_grad()
 def neurons(
-    model: LoadedModel, batch: Batch, layer: int
-) -> tuple[Float[Tensor, "pair neuron"], Float[Tensor, " pair"]]:
-    """What every neuron of one MLP adds to answer - foil, and what the MLP's bias adds.
+    model: LoadedModel, batch: Batch, layers: Sequence[int]
+) -> dict[int, tuple[Float[Tensor, "pair neuron"], Float[Tensor, " pair"]]]:
+    """What every neuron of these layers' MLPs adds to answer - foil, and what their biases add.
 
     Together they are the MLP's contribution. Raises BadInput for a layer without an MLP.
     """
-    if not 0 <= layer < model.n_layers or not _has_mlp(model, layer):
-        raise BadInput(f"{model.name} has no MLP in layer {layer}: its layers are 0 to "
-                       f"{model.n_layers - 1}")  # fmt: skip
+    for layer in layers:
+        if not 0 <= layer < model.n_layers or not _has_mlp(model, layer):
+            raise BadInput(f"{model.name} has no MLP in layer {layer}: its layers are 0 to "
+                           f"{model.n_layers - 1}")  # fmt: skip
     asked, constant = _asked(model, batch)
-    post = f"blocks.{layer}.mlp.hook_post"
-    held = record(model, batch.clean, [post, *_scales(model)])
+    post = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers}
+    held = record(model, batch.clean, [*post.values(), *_scales(model)])
     stream, _ = _into_stream(model, asked, constant, held)
-    way, bias = _into_branch(model, layer, "ln2_post", stream, held)
-    mlp = model.bridge.blocks[layer].mlp
-    b_out = getattr(mlp, "b_out", None)
-    values = held[post][:, -1].to(stream) * (way @ mlp.W_out.to(stream).T)
-    return values, bias if b_out is None else bias + way @ b_out.to(stream)
+    found = {}
+    for layer, name in post.items():
+        way, bias = _into_branch(model, layer, "ln2_post", stream, held)
+        mlp = model.bridge.blocks[layer].mlp
+        b_out = getattr(mlp, "b_out", None)
+        values = held[name][:, -1].to(stream) * (way @ mlp.W_out.to(stream).T)
+        found[layer] = values, bias if b_out is None else bias + way @ b_out.to(stream)
+    return found
 
 
 # Steps

@@ -56,9 +56,9 @@ def spoken(
     model: LoadedModel,
     layer: int,
     values: Float[Tensor, "token kv_head d_head"],
-    words: Int[Tensor, " word"],
+    words: Int[Tensor, " word"] | None = None,
 ) -> Float[Tensor, "token head word"]:
-    """What each head would say about `words` if it attended to one of these tokens alone.
+    """What each head would say about `words` (or all) if it attended to one of these tokens alone.
 
     W_U · gain · W_O v, up to a positive factor per head (the norms' scales), so what counts is the
     order of the words: the OV circuit of Elhage et al. 2021.
@@ -69,7 +69,8 @@ def spoken(
     written = einsum(v, W_O, "token head d_head, head d_head d_model -> token head d_model")
     for norm in (getattr(block, "ln1_post", None), model.bridge.ln_final):
         written = Norm(norm, W_O[0]).push(written)
-    return written @ model.bridge.W_U[:, words].to(written)
+    W_U = model.bridge.W_U
+    return written @ (W_U if words is None else W_U[:, words]).to(written)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ whatever makes resid_pre + attn_out the wanted residual.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -146,7 +146,7 @@ def run(
     tokens: how many a forward pass may hold over all its rows. Raises BadInput for what the model
     does not have, for foils that are the answer and for prompts of two lengths.
     """
-    check(model, batch, units, kind)
+    check(model, batch, units)
     n_pairs, n_pos = batch.clean.shape
     readout = Readout(model.bridge)
     starts = [min((edit.layer for edit in unit), default=0) for unit in units]
@@ -304,10 +304,8 @@ def axis_sizes(model: LoadedModel, n_pos: int) -> dict[str, int]:
     return {"pos": n_pos, "head": cfg.n_heads, "kv_head": cfg.n_key_value_heads or cfg.n_heads}
 
 
-def check(model: LoadedModel, batch: Batch, units: Sequence[Unit], kind: str) -> None:
-    """Raises BadInput, in one line, for a batch, a unit or a kind that cannot be run."""
-    if kind not in get_args(Kind):
-        raise BadInput(f"no kind {kind!r}; there are {', '.join(get_args(Kind))}")
+def check(model: LoadedModel, batch: Batch, units: Sequence[Unit]) -> None:
+    """Raises BadInput, in one line, for a batch or a unit that cannot be run."""
     if batch.clean.shape != batch.corrupt.shape:
         raise BadInput(f"clean prompts of {batch.clean.shape[1]} tokens, corrupted ones of "
                        f"{batch.corrupt.shape[1]}: patching needs one length")  # fmt: skip

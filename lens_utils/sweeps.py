@@ -2,7 +2,7 @@
 
 `patching.run` does the work; here are the lists of units that the usual questions need, and what
 to make of the answers. Controls are built like what they control for: a random set of heads has as
-many heads in the same layers, a random set of key positions as many positions.
+many heads, in the same layers.
 """
 
 import itertools
@@ -110,23 +110,28 @@ def together(heads: Sequence[Head], positions: Sequence[int] | None = None) -> U
     )
 
 
-def random_sets(heads: Sequence[Head], n_heads: int, n: int, seed: int = 0) -> list[list[Head]]:
-    """n random sets with as many heads in every layer, none of them among `heads`.
+def random_sets(
+    heads: Sequence[Head], n_layers: int, n_heads: int, n: int, seed: int = 0
+) -> list[list[Head]]:
+    """n random sets of as many other heads, each in the layer of the head it stands for.
 
-    Raises BadInput where a layer has not that many others.
+    Where a layer has no head left, from the nearest layer that has. Raises BadInput for a set of
+    more than half of the model's heads.
     """
+    if 2 * len(heads) > n_layers * n_heads:
+        raise BadInput(f"{len(heads)} of {n_layers * n_heads} heads leave too few for a random set")
     rng = random.Random(seed)
-    others = {}
-    for layer in sorted({layer for layer, _ in heads}):
-        taken = {h for at, h in heads if at == layer}
-        others[layer] = [h for h in range(n_heads) if h not in taken], len(taken)
-        if len(taken) > n_heads - len(taken):
-            raise BadInput(f"layer {layer} has {n_heads} heads, too few for a random set beside "
-                           f"{len(taken)} of them")  # fmt: skip
-    return [
-        [(layer, h) for layer, (free, k) in others.items() for h in rng.sample(free, k)]
-        for _ in range(n)
-    ]
+    sets = []
+    for _ in range(n):
+        free = [head for head in itertools.product(range(n_layers), range(n_heads))]
+        free = [head for head in free if head not in set(heads)]
+        drawn = []
+        for layer, _ in heads:
+            nearest = min(abs(at - layer) for at, _ in free)
+            drawn.append(rng.choice([head for head in free if abs(head[0] - layer) == nearest]))
+            free.remove(drawn[-1])
+        sets.append(drawn)
+    return sets
 
 
 # Attention knock-out
@@ -144,12 +149,6 @@ def sliding(n_layers: int, width: int) -> list[range]:
     """Every window of so many layers, one layer apart. Raises BadInput for a wrong width."""
     window(n_layers, 0, width)
     return [window(n_layers, first, first + width) for first in range(n_layers - width + 1)]
-
-
-def band(n_layers: int, low: float, high: float) -> range:
-    """The layers at a depth, layer / (n_layers - 1), from low to high. Raises as `window` does."""
-    inside = [n for n in range(n_layers) if low <= n / max(1, n_layers - 1) <= high]
-    return window(n_layers, min(inside, default=0), max(inside, default=-1) + 1)
 
 
 def at(batch: Batch, role: str) -> tuple[int, ...]:

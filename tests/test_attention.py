@@ -1,8 +1,11 @@
 """Attention is read as the model computes it, and a circuit that is known is found."""
 
 import math
+import sys
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from circuits import (
@@ -17,10 +20,14 @@ from circuits import (
 from conftest import ARCHS
 from transformer_lens.head_detector import detect_head
 
-from lens_utils import attention, cache, pairs
+from lens_utils import attention, cache, pairs, provenance, stats
 from lens_utils.errors import BadInput
 from lens_utils.models import wrap
 from lens_utils.registry import ModelSpec
+
+sys.path.insert(0, str(provenance.EXPERIMENTS / "002_attention_patterns"))
+import attention_tables as table  # noqa: E402
+import attention_views as view  # noqa: E402
 
 SPEC = ModelSpec("tiny", "tiny")
 IDS = torch.tensor([[1, 9, 4, 33, 17, 5, 58, 21, 9, 40], [2, 7, 7, 30, 12, 3, 60, 8, 8, 41]])
@@ -198,7 +205,7 @@ def test_the_known_circuit_attends_to_the_entity(toy):
 
 
 def test_in_a_compiled_program_the_head_that_reverses_reads_the_mirrored_token():
-    """L3H0's last query reads the first letter, the entity; heads without a part write exactly 0."""
+    """L3H0's last query reads the first letter, the entity; unused heads write exactly 0."""
     model = reverse_model()
     group = pairs.batch(model, reverse_pairs())
     masks = attention.masks(group.pairs[0].classes)
@@ -290,3 +297,64 @@ def test_what_cannot_be_measured_is_said_in_one_line(recorded, toy):
         attention.repeated(toy, 1, 2)
     with pytest.raises(BadInput, match="10 positions do not hold 6 tokens twice"):
         attention.head_types(layers[0].pattern, 6)
+
+
+# What experiment 002 makes of it
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Twelve prompts of five and six tokens whose entity lies at position 2; and random rows."""
+    kinds = ["bos", "function", "entity", "relation", "function", "punctuation"]
+    tokens = pd.DataFrame(
+        {"id": f"p{i}", "task": "t", "template": "ab"[i % 2], "group": f"g{i // 2}", "answer": "x",
+         "pos": pos, "token": "w", "kind": kinds[pos]}
+        for i in range(12) for pos in range(5 + i % 2)
+    )  # fmt: skip
+    screened = pd.DataFrame({"id": [f"p{i}" for i in range(12)], "logit_diff_clean": 1.0})
+    made = table.Asked(tokens, screened)
+    rows = np.random.default_rng(0).dirichlet([0.5] * 6, size=(12, 2, 3))
+    rows[::2, :, :, 5] = 0  # behind the end of the short ones
+    rows[:, 1, 2] = 0.05 * rows[:, 1, 2] + 0.95 * np.eye(6)[2]  # L1H2 reads the entity
+    rows /= rows.sum(-1, keepdims=True)
+    return made, {"attention": rows, "normed": rows}
+
+
+def test_every_token_is_counted_once_and_the_last_two_again(asked):
+    masks = asked[0].masks
+    assert (masks[:, : len(attention.CLASSES)].sum(1).sum(1) == asked[0].length).all()
+    previous, own = masks[:, -2], masks[:, -1]
+    assert previous.argmax(1).tolist() == [3, 4] * 6 and own.argmax(1).tolist() == [4, 5] * 6
+    assert previous.sum() == own.sum() == 12
+
+
+def test_shuffled_classes_give_what_any_token_gets(asked):
+    made, held = asked
+    rows = np.arange(12)
+    dealt = table.shuffled(made, held, rows, 4000, np.random.default_rng(1))
+    expected = view.anywhere(made, held, rows, "attention").mean(0)  # all groups are of one size
+    assert np.abs(dealt.mean(0) - expected).max() < 4 * dealt.std(0).max() / 4000**0.5
+    found = table.entity(made, held, rows).mean(0)
+    p = table.largest_p(found, dealt)
+    assert p[1, 2] == 1 / 4001 and np.delete(p.ravel(), 5).min() > 0.05
+
+
+def test_a_head_has_to_beat_the_largest_of_all_heads():
+    """Against one head alone the p is that of a plain sign-flip test; other heads only raise it."""
+    rng = np.random.default_rng(2)
+    gaps = rng.normal(size=(11, 4, 5))
+    gaps[:, 2, 3] += 1.6
+    alone = table.flip_p(gaps[:, 2:3, 3:4], 20_000, rng)[0, 0]
+    assert alone == pytest.approx(stats.sign_flip_p(gaps[:, 2, 3]) / 2, abs=0.003)
+    together = table.flip_p(gaps, 20_000, rng)
+    assert together[2, 3] > alone and together[2, 3] < 0.05
+    assert np.delete(together.ravel(), 13).min() > 0.05
+    assert table.beyond(np.array([1.0, 2, 3]), np.array([3.5, 2.0, 0])).tolist() == [0.25, 0.75, 1]
+
+
+def test_a_head_chosen_on_one_wording_is_found_on_the_other(asked):
+    made, held = asked
+    found = table.held_out(made, held)
+    first = found.groupby("chosen_on").head(1)
+    assert set(zip(first.layer, first["head"], first.place, strict=True)) == {(1, 2, 1)}
+    assert (first.value > 0.9).all() and set(first.measured_on) == {"a", "b"}

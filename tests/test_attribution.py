@@ -85,8 +85,7 @@ def test_parts_sum_to_their_whole(built, arch):
     assert found.heads.abs().max() > 0.05
     torch.testing.assert_close(found.sources.sum(-1), found.heads, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found.attention.sum(-1), torch.ones_like(found.heads))
-    for layer in range(model.n_layers):
-        values, bias = attribution.neurons(model, batch, layer)
+    for layer, (values, bias) in attribution.neurons(model, batch, range(3)).items():
         torch.testing.assert_close(values.sum(-1) + bias, found.mlp[:, layer], atol=1e-4, rtol=0)
         whole = found.heads[:, layer].sum(-1) + found.attn_bias[:, layer]
         torch.testing.assert_close(found.part(f"L{layer} attn"), whole)
@@ -279,6 +278,16 @@ def test_values_and_keys_are_the_models_own(built, arch):
     torch.testing.assert_close(head_reading.keys(model, 1, resid), k, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["gemma3", "neox-parallel", "gpt2"])
+def test_an_effective_embedding_is_the_stream_behind_block_0(built, arch):
+    """Of the bare token behind BOS, whatever else is asked for."""
+    model, _ = built(arch)
+    found = head_reading.effective_embedding(model, torch.tensor([7, 9, 11]))
+    assert model.bos == (1,)
+    expected = model.bridge(torch.tensor([[1, 9]]), stop_at_layer=1)[0, -1]
+    torch.testing.assert_close(found[1], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_heads_say_orders_words_as_their_contributions_do(built, arch):
     """A head's contribution from one position to answer - foil, for every word as the answer."""
@@ -329,19 +338,19 @@ def test_refusals(built, toy):
     same = dataclasses.replace(batch, foil=batch.answer)
     for work in (
         lambda b: attribution.attribute(model, b),
-        lambda b: attribution.neurons(model, b, 0),
+        lambda b: attribution.neurons(model, b, [0]),
     ):
         with pytest.raises(BadInput, match="p0: answer and foil are the same token"):
             work(same)
     for layer in (3, -1):
         with pytest.raises(BadInput, match=f"no MLP in layer {layer}: its layers are 0 to 2"):
-            attribution.neurons(model, batch, layer)
+            attribution.neurons(model, batch, [layer])
         with pytest.raises(BadInput, match=f"no layer {layer}"):
             head_reading.values(model, layer, torch.zeros(1, 32))
         with pytest.raises(BadInput, match=f"no layer {layer}"):
             head_reading.spoken(model, layer, torch.zeros(1, 2, 8), torch.tensor([1]))
     with pytest.raises(BadInput, match="no MLP in layer 0"):
-        attribution.neurons(toy[0], toy[1], 0)
+        attribution.neurons(toy[0], toy[1], [0])
     found = attribution.attribute(model, batch)
     for unknown in ("L3H0", "L0H4", "mlp", "L0H-1"):
         with pytest.raises(BadInput, match="no component"):

@@ -26,7 +26,7 @@ LAYERS = (
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
-     "generate", "series", "divergence", "perturb"},
+     "circuits", "generate", "series", "divergence", "perturb"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},

@@ -38,8 +38,14 @@ class Session:
     # 1. The pairs
 
     def screen(self) -> pd.DataFrame:
-        """One row per pair: logit differences, probability and rank of the answer, `known`."""
-        return pairs.screen(self.model, self.made[0])
+        """One row per pair: logit differences, probability and rank of the answer, `known`.
+
+        In a quick run of twice as many pairs of each wording as are wanted.
+        """
+        kinds = [(p.task, p.template) for p in self.made[0]]
+        most = 2 * QUICK if self.cfg.quick else len(kinds)
+        asked = [p for n, p in enumerate(self.made[0]) if kinds[:n].count(kinds[n]) < most]
+        return pairs.screen(self.model, asked)
 
     def left_out(self) -> dict[str, str]:
         """Prompts this model could not be asked, with the reason."""
@@ -114,27 +120,6 @@ class Session:
                                       "n": n})
                     )  # fmt: skip
         return pd.concat(frames, ignore_index=True)
-
-    # 5. One prompt
-
-    def patterns(
-        self, used: Sequence[Pair], top: pd.DataFrame, examples: dict[str, str]
-    ) -> pd.DataFrame:
-        """The whole pattern of each task's first head on its example."""
-        frames = []
-        for task, name in examples.items():
-            best = top[top.task == task].iloc[0]
-            layer, head = int(best["layer"]), int(best["head"])
-            p = next(p for p in used if p.id == name)
-            ids = torch.tensor([p.clean], device=self.model.device)
-            pattern = attention.record(self.model, ids, [layer])[layer].pattern[0, head].cpu()
-            frames += [
-                {"task": task, "id": name, "layer": layer, "head": head,
-                 "query": q, "pos": k, "attention": pattern[q, k].item()}
-                for q in range(len(p.clean))
-                for k in range(q + 1)
-            ]  # fmt: skip
-        return pd.DataFrame(frames)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lens_utils.attention import CLASSES, TYPES
 
 MEASURES = (*CLASSES, "previous", "self")
 TOP = 10  # heads of each task that are shown with intervals
-PICKED = 5  # heads that are chosen on one wording and measured on the other
+PICKED = 5  # heads shown prompt by prompt, and chosen on one wording for the other
 FOLLOWS = ("ioi", "induction")  # here the corrupted prompt has the same words in the same places
 
 
@@ -232,6 +232,25 @@ def top_heads(asked: Asked, held: dict, nulls: pd.DataFrame, types: pd.DataFrame
                 | worst.loc[at].to_dict() | scores.loc[at].to_dict()
             )  # fmt: skip
     return pd.DataFrame(rows_of)
+
+
+def by_prompt(asked: Asked, held: dict, top: pd.DataFrame) -> pd.DataFrame:
+    """The leading heads of each task, prompt by prompt: attention to the entity, its norm-weighted
+    share, and what lies on the same places of the corrupted prompt and of random tokens."""
+    frames = []
+    for task in asked.tasks:
+        rows = asked.of(task)
+        about = asked.prompts.loc[rows, ["id", "task", "template", "group", "logit_diff"]]
+        columns = {
+            "entity": entity(asked, held["clean"], rows),
+            "entity_normed": entity(asked, held["clean"], rows, normed=True),
+            "corrupt": entity(asked, held["corrupt"], rows),
+            "random": entity(asked, held["random"], rows),
+        }
+        for best in top[top.task == task].head(PICKED).itertuples():
+            of_head = {name: x[:, best.layer, best.head] for name, x in columns.items()}
+            frames.append(about.assign(layer=best.layer, head=best.head, **of_head))
+    return pd.concat(frames, ignore_index=True)
 
 
 def held_out(asked: Asked, held: dict) -> pd.DataFrame:

@@ -78,23 +78,15 @@ def queries(asked: Asked, held: dict) -> pd.DataFrame:
 # Prompts one can read
 
 
-def examples(asked: Asked) -> dict[str, str]:
-    """For each task the prompt of its first wording that has the median logit difference."""
-    chosen = {}
-    for task in asked.tasks:
-        first = asked.prompts[asked.prompts.task == task]
-        first = first[first.template == first.template.iloc[0]].sort_values("logit_diff")
-        chosen[task] = first.id.iloc[len(first) // 2]
-    return chosen
-
-
-def example_rows(
-    asked: Asked, held: dict, top: pd.DataFrame, examples: dict[str, str]
-) -> pd.DataFrame:
-    """What the top heads of each task read from, token by token, in its example."""
+def examples(asked: Asked, held: dict, top: pd.DataFrame) -> pd.DataFrame:
+    """What the leading heads of each task read, token by token, in one prompt of its first wording:
+    the one with the median logit difference."""
     rows_of = []
-    for task, name in examples.items():
-        row = int(asked.prompts.index[asked.prompts.id == name][0])
+    for task in asked.tasks:
+        prompts = asked.prompts[asked.prompts.task == task]
+        prompts = prompts[prompts.template == prompts.template.iloc[0]].sort_values("logit_diff")
+        row = prompts.index[len(prompts) // 2]
+        name = prompts.id[row]
         tokens = asked.tokens[asked.tokens.id == name]
         for best in top[top.task == task].head(SHOWN).itertuples():
             attention, normed = (
@@ -131,7 +123,7 @@ def summarise(
         "layers of the band (40-85 % of depth)": f"{inside.argmax()} to "
         f"{n_layers - 1 - inside[::-1].argmax()}" if inside.any() else "none",
     }  # fmt: skip
-    out |= on_bos(asked, held["clean"])
+    out |= all_heads(asked, held["clean"])
     out["most attention to the entity of any head of the untrained twin, any wording"] = float(
         nulls.untrained.max()
     )
@@ -157,17 +149,23 @@ def name(head: pd.Series) -> str:
     return f"L{int(head['layer'])}H{int(head['head'])}"
 
 
-def on_bos(asked: Asked, held: dict) -> dict[str, object]:
-    """Mean over heads and prompts of the last query's attention to BOS."""
-    mask, groups = asked.masks[:, MEASURES.index("bos")], asked.prompts.group.to_numpy()
-    if not mask.any():
-        return {}
-    out = {}
-    for key, label in (("attention", "attention to BOS"), ("normed", "norm-weighted share of BOS")):
-        weights = np.asarray(held[key], dtype=float)
-        weights = weights if key == "attention" else to_shares(weights)
-        mass = np.nanmean(np.einsum("plhk,pk->plh", weights, mask), axis=(1, 2))
-        out[f"{label}, all heads, all tasks"] = stats.mean_ci(mass, groups)
+def all_heads(asked: Asked, held: dict) -> dict[str, object]:
+    """Means over all heads and tasks: attention of the last query to BOS, and how even it is."""
+    groups = asked.prompts.group.to_numpy()
+    out: dict[str, object] = {}
+    mask = asked.masks[:, MEASURES.index("bos")]
+    if mask.any():
+        for key, label in (("attention", "attention to"), ("normed", "norm-weighted share of")):
+            weights = np.asarray(held[key], dtype=float)
+            weights = weights if key == "attention" else to_shares(weights)
+            mass = np.nanmean(np.einsum("plhk,pk->plh", weights, mask), axis=(1, 2))
+            out[f"{label} BOS, all heads, all tasks"] = stats.mean_ci(mass, groups)
+    for key, label in (
+        ("entropy", "entropy of the last token's attention (bits), all heads, all tasks"),
+        ("evenness", "the same as a share of the largest possible"),
+    ):
+        values = np.asarray(held[key], dtype=float)
+        out[label] = stats.mean_ci(np.nanmean(values, axis=(1, 2)), groups)
     return out
 
 
@@ -189,13 +187,14 @@ def of_task(
             clean.mean((1, 2)), groups
         )
     }
-    if inside.any() and not inside.all():
-        gap = clean[:, inside].mean((1, 2)) - clean[:, ~inside].mean((1, 2))
-        out[f"{task}: the same in the band minus outside it"] = stats.mean_ci(gap, groups)
     random = entity(asked, held["random"], rows)
     out[f"{task}: the same minus random tokens in the same places"] = stats.mean_ci(
         (clean - random).mean((1, 2)), groups
     )
+    if inside.any() and not inside.all():
+        for values, label in ((clean, ""), (clean - random, ", random tokens taken off")):
+            gap = values[:, inside].mean((1, 2)) - values[:, ~inside].mean((1, 2))
+            out[f"{task}: in the band minus outside it{label}"] = stats.mean_ci(gap, groups)
     of_layer = asked.by_group(clean, rows).mean((0, 2))
     out[f"{task}: layer with most of it, mean over heads"] = int(of_layer.argmax())
     best = top[top.task == task].iloc[0]

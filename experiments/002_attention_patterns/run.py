@@ -48,14 +48,13 @@ def main(cfg: Config, run: Run) -> None:
     nulls = run.stage("nulls.csv", lambda: table.nulls(asked, held, cfg.shuffles, cfg.seed))
     types = run.stage("head_types.csv", session.head_types)
     top = run.stage("top_heads.csv", lambda: table.top_heads(asked, held, nulls, types))
+    run.stage("by_prompt.csv", lambda: table.by_prompt(asked, held, top))
     held_out = run.stage("held_out.csv", lambda: table.held_out(asked, held["clean"]))
     # 4. Layers, and the positions from which the entity is read on the way.
     run.stage("layers.csv", lambda: view.layers(asked, held))
     run.stage("queries.csv", lambda: view.queries(asked, held["clean"]))
     # 5. One prompt of each task that can be read: the one with the median logit difference.
-    examples = view.examples(asked)
-    run.stage("examples.csv", lambda: view.example_rows(asked, held["clean"], top, examples))
-    run.stage("patterns.csv", lambda: session.patterns(used, top, examples))
+    run.stage("examples.csv", lambda: view.examples(asked, held["clean"], top))
     run.stage(
         "summary.json",
         lambda: view.summarise(asked, held, nulls, types, top, held_out),
