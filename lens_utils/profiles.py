@@ -86,7 +86,7 @@ def thirds(profile: Float[ndarray, "*lead layer"]) -> Float[ndarray, "*lead thir
 def hump(profile: Float[ndarray, "*lead layer"]) -> Float[ndarray, "*lead"]:
     """How far the middle third lies above the higher of the outer two; an inverted U is > 0."""
     early, middle, late = np.moveaxis(thirds(profile), -1, 0)
-    return middle - np.maximum(early, late)
+    return np.asarray(middle - np.maximum(early, late))  # also of a single profile
 
 
 def _ranks(values: Float[ndarray, "*lead head"]) -> Float[ndarray, "*lead head"]:

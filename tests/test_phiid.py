@@ -7,6 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from scipy.special import digamma
 
 from lens_utils import phiid, phiid_ccs, phiid_gaussian
 from lens_utils.errors import BadInput
@@ -224,10 +225,12 @@ def test_independent_memories_are_called_synergy_by_mmi_only(rates):
 
 
 def test_white_noise_shows_its_bias():
-    """Chi-squared: four products of past and future, each 1 / 2n too large."""
+    """Wilks' lambda of two pasts and two futures is a product of two betas; its mean logarithm."""
     for steps, tau in ((100, 1), (50, 5)):
         total = sum(phiid.bias_floor(20, steps, heads=24, tau=tau, asked=ATOMS).values())
-        assert total == pytest.approx(4 / (2 * (steps - tau)), rel=0.05)
+        free = steps - tau - 3  # samples, less their mean and the two pasts
+        parts = [digamma((free - k) / 2) - digamma((free - k) / 2 + 1) for k in (0, 1)]
+        assert total == pytest.approx(-sum(parts) / 2, rel=0.05)
     floor = phiid.bias_floor(20, 100)
     assert floor["sts"] == pytest.approx(0.0034, rel=0.1)
     assert floor["rtr"] == pytest.approx(0.0006, rel=0.1)
