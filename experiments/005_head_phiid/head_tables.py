@@ -93,6 +93,7 @@ def _kinds(measured: Measured, families: Sequence[str]) -> list[tuple]:
     kinds += [
         ("own", measure, "value_diff", family, np.flatnonzero(np.array(families) == family))
         for measure in ("mmi", "ccs")
+        if ("own", measure) in measured
         for family in dict.fromkeys(families)
     ]
     return kinds

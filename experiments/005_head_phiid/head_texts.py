@@ -69,8 +69,13 @@ class Session:
         if condition == "shuffled":
             texts = [shuffled(text, self.cfg.seed) for text in texts]
         if template == "chat":
-            return [model.encode_chat([{"role": "user", "content": text}]) for text in texts]
-        return [model.encode(text) for text in texts]
+            rows = [model.encode_chat([{"role": "user", "content": text}]) for text in texts]
+        else:
+            rows = [model.encode(text) for text in texts]
+        if (longest := max(map(len, rows)) + self.steps) > model.n_ctx:
+            raise BadInput(f"the longest prompt and --steps {self.steps} take {longest} tokens, "
+                           f"more than the context of {model.name}, {model.n_ctx}")  # fmt: skip
+        return rows
 
     def asked(self) -> list[dict]:
         """The prompts as the model reads them: what 007 goes on from."""
