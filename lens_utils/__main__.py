@@ -238,6 +238,9 @@ def new(args: list[str]) -> int:
 def test(args: list[str]) -> int:
     embedded()
     os.chdir(provenance.ROOT)
+    if not args:  # the whole suite: a process for each core, of one thread, as threads would spin
+        os.environ["OMP_NUM_THREADS"] = "1"
+        args = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *args])
 
 

@@ -24,7 +24,7 @@ from lens_utils import console, files, provenance
 from lens_utils.console import guarded, say
 from lens_utils.errors import BadInput, Failure, Unfinished
 from lens_utils.results import Results as Results  # notebooks take it from here
-from lens_utils.results import read_manifest
+from lens_utils.results import read_manifest, runs
 from lens_utils.settings import BaseConfig, configure
 
 if TYPE_CHECKING:
@@ -211,18 +211,27 @@ class Run:
             say(f"{provenance.shown(damaged[0])} is damaged: computed again")
         return whole
 
-    def upstream(self, experiment: str, name: str) -> Any:
-        """A stage of another experiment for the same model, with this run's tag or without one."""
-        for cfg in (self.cfg, dataclasses.replace(self.cfg, tag="")):
+    def upstream(self, experiment: str, name: str, model: str = "") -> Any:
+        """A stage of another experiment for the same model (or the one named), at the same size,
+        with this run's tag or without one."""
+        own = dataclasses.replace(self.cfg, model=model or self.cfg.model)
+        for cfg in (own, dataclasses.replace(own, tag="")):
             path = provenance.outputs() / experiment / cfg.variant / name
             record = read_manifest(path.parent).get("stages", {}).get(name)
             if record and path.exists() and files.sha256(path) == record["sha256"]:
                 identity = {"run": cfg.variant, "sha256": record["sha256"][:12]}
-                self._rests_on("upstream", f"{experiment}/{name}", identity)
+                place = f"{experiment}/{name}" + (f"@{model}" if model else "")
+                self._rests_on("upstream", place, identity)
                 return files.read(path)
         quick = " --quick" if self.cfg.quick else ""
         raise BadInput(f"{self.experiment} reads {name} of {experiment}, which is not there: "
-                       f"./lab run {experiment[:3]} --model {self.cfg.model}{quick}")  # fmt: skip
+                       f"./lab run {experiment[:3]} --model {own.model}{quick}")  # fmt: skip
+
+    def models_of(self, experiment: str) -> list[str]:
+        """Models with a finished run of an experiment at this size and without a tag, by name."""
+        finished = [r.manifest["settings"] for r in runs(provenance.outputs() / experiment)
+                    if r.finished]  # fmt: skip
+        return [s["model"] for s in finished if s["quick"] == self.cfg.quick and not s["tag"]]
 
     @property
     def done(self) -> bool:
@@ -231,7 +240,7 @@ class Run:
         manifest = read_manifest(self.folder)
         stages, outputs = manifest["stages"], provenance.outputs()
         for table, held in manifest["upstream"].items():
-            experiment, name = table.split("/", 1)
+            experiment, _, name = table.partition("@")[0].partition("/")
             now = read_manifest(outputs / experiment / held["run"]).get("stages", {}).get(name, {})
             if not now.get("sha256", "").startswith(held["sha256"]):
                 return False

@@ -4,12 +4,14 @@
 because the shape checker has to be there first.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 COMMON = {
@@ -143,14 +145,19 @@ def smol():
 def quick_run(tmp_path_factory):
     """quick_run("001_layers_and_logits"): its Results at the quick size on the embedded model.
 
-    Run once per session, after what it reads from others, into a folder of this session.
+    Run once per session, after what it reads from others, into a folder that the session's
+    processes share.
     """
     from lens_utils import provenance, weights
     from lens_utils.__main__ import load, reads
     from lens_utils.experiment import Results, execute
     from lens_utils.registry import SMOL
 
-    outputs, finished = tmp_path_factory.mktemp("outputs"), {}
+    session = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        session = session.parent
+    outputs, finished = session / "quick_outputs", {}
+    outputs.mkdir(exist_ok=True)
 
     def run(name: str) -> Results:
         if name not in finished:
@@ -162,7 +169,8 @@ def quick_run(tmp_path_factory):
             module = load(folder)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("LAB_OUTPUTS", str(outputs))
-                done = execute(module.Config, module.main, folder / "run.py", ["--quick"])
+                with FileLock(outputs / f".{name}.lock"):  # a second process finds it finished
+                    done = execute(module.Config, module.main, folder / "run.py", ["--quick"])
             finished[name] = Results(done.folder)
         return finished[name]
 

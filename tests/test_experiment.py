@@ -282,6 +282,44 @@ def test_upstream(toy, tmp_path, capsys):
     assert code == 2 and "./lab run 005" in line
 
 
+def test_upstream_of_other_models(toy, tmp_path, capsys):
+    """A comparison reads the runs of several models at its own size, and notices their changes."""
+    other = tmp_path / "005_other" / "run.py"
+    other.parent.mkdir()
+    other.write_text("")
+    entered = []
+
+    def maker(cfg: Config, run: Run) -> None:
+        run.stage("scores.json", lambda: cfg.tau)
+        run.stage("summary.json", lambda: {})
+
+    def reader(cfg: Config, run: Run) -> None:
+        entered.append(run)
+        names = run.models_of("005_other")
+        run.stage(
+            "read.json", lambda: {n: run.upstream("005_other", "scores.json", n) for n in names}
+        )
+        run.stage("summary.json", lambda: {})
+
+    execute(Config, maker, other, [])
+    execute(Config, maker, other, ["--model", "org/b", "--tau", "2"])
+    execute(Config, maker, other, ["--quick", "--model", "c"])
+    execute(Config, maker, other, ["--tag", "t", "--model", "d"])
+    run = toy(reader)
+    assert files.read(run.folder / "read.json") == {"org/b": 2, "smol": 1}
+    toy(reader)
+    assert len(entered) == 1
+    execute(Config, maker, other, ["--model", "org/b", "--tau", "3", "--fresh"])
+    toy(reader)
+    assert len(entered) == 2
+
+    def asker(cfg: Config, run: Run) -> None:
+        run.upstream("005_other", "scores.json", "org/e")
+
+    code, line = code_and_line(lambda: toy(asker, "--tag", "x"), capsys)
+    assert code == 2 and "./lab run 005 --model org/e" in line
+
+
 def test_other_weights_under_the_same_name_are_refused(toy, monkeypatch, capsys):
     """Such as a folder that was trained on, or a hub's main branch that moved."""
     import lens_utils.models
