@@ -16,10 +16,11 @@ atoms may be negative.
 """
 
 import functools
-import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -139,17 +140,11 @@ def at_moment(x, y, a, b, r):
 
 
 @functools.cache
-def compiled() -> Callable | None:
-    """`at_moment`, summed over the moments of listed pairs, as machine code; None without numba."""
-    if importlib.util.find_spec("numba") is None:
-        return None
-    import numba
-
+def compiled() -> Callable:
+    """`at_moment`, summed over the moments of listed pairs, as machine code."""
     for function in (common, overlaps, at_moment):
-        numba.extending.register_jitable(inline="always")(function)
+        _jitable(function)
 
-    # Sums may be taken in any order, so that several moments go through at once.
-    @numba.njit(fastmath={"reassoc", "contract", "nsz"})
     def total(past, past_right, future, future_right, rows, columns, table, sums):
         for pair in range(len(rows)):
             i, j, r = rows[pair], columns[pair], table[pair]
@@ -165,7 +160,14 @@ def compiled() -> Callable | None:
                 s6 += v[6]
             sums[:, pair] = s0, s1, s2, s3, s4, s5, s6
 
-    return total
+    # Sums may be taken in any order, so that several moments go through at once.
+    return numba.njit(fastmath={"reassoc", "contract", "nsz"})(inspect.unwrap(total))
+
+
+def _jitable(function: Callable) -> None:
+    """Let compiled code call a function; without the checks of shapes around it, if there are."""
+    bare = inspect.unwrap(function)
+    numba.extending.overload(function, inline="always", strict=False)(lambda *_, **__: bare)
 
 
 def ccs(m: Moments, left: Windows, right: Windows, same: bool) -> Redundancy:

@@ -12,6 +12,7 @@ from lens_utils import phiid, profiles, prompts, provenance, series
 from lens_utils.__main__ import load
 from lens_utils.errors import BadInput
 from lens_utils.experiment import Results, execute
+from lens_utils.phiid_lattice import ATOMS
 
 FOLDER = provenance.EXPERIMENTS / "005_head_phiid"
 RUN = load(FOLDER)
@@ -119,6 +120,15 @@ def test_the_null_pairs_different_prompts_only(noise):
     for n in (6, 12, 60):
         for p in range(n):
             assert pair.partners(p, n) and p not in pair.partners(p, n)
+
+
+def test_other_atoms_are_kept_when_asked_for(noise):
+    found = pair.pairs(noise, ["a"] * 6, 1, "mmi", quiet, pair.asked("all"))
+    whole = sum(found[atom].double().numpy() for atom in ATOMS)
+    expected = phiid.decompose(noise, asked=ATOMS)
+    np.testing.assert_allclose(whole, sum(expected.atoms.values()), rtol=1e-5)
+    assert float(found["least"]) == pytest.approx(expected.least, rel=1e-5)
+    assert pair.asked("rts, xts") == ["sts", "rtr", "rts", "xts"]
 
 
 def test_a_series_that_stands_still_is_counted_and_left_out(noise):
@@ -318,6 +328,7 @@ def test_experts_of_a_mixture_can_stand_for_heads(lab, tokenizer, tmp_path):
         (("--steps", "5"), "--steps 5 is too short for --tau 1: at least 6"),
         (("--tau", "0"), "--tau 0: at least 1"),
         (("--steps", "12", "--tau", "8"), "at least 13"),
+        (("--atoms", "sts,stz"), "there is no atom 'stz'"),
         (("--nodes", "experts", *SMALL), "has no experts"),
         (("--steps", "60", "--per-category", "1"), "more than the context"),
         (("--checkpoints", "smol@step1"), "smol is one fixed file"),
@@ -325,7 +336,8 @@ def test_experts_of_a_mixture_can_stand_for_heads(lab, tokenizer, tmp_path):
     ],
 )
 def test_what_cannot_be_is_one_line(args, said, lab, saved, capsys):
-    code, line = code_and_line(lambda: lab("--model", str(saved("llama")), *args), capsys)
+    folder = str(saved("llama"))
+    code, line = code_and_line(lambda: lab("--model", folder, *args), capsys)
     assert code == 2 and said in line
 
 

@@ -13,6 +13,8 @@ from scipy.signal import detrend
 from torch import Tensor
 
 from lens_utils import phiid, profiles
+from lens_utils.errors import BadInput
+from lens_utils.phiid_lattice import ATOMS
 
 FLAT = 1e-10  # of the level: a series that varies less does not vary
 
@@ -24,34 +26,47 @@ def measures(condition: str, quick: bool) -> tuple[str, ...]:
     return ("mmi",) if quick and condition != "replayed" else ("mmi", "ccs")
 
 
+def asked(atoms: str) -> list[str]:
+    """sts, rtr and the atoms of a setting. Raises BadInput for one that does not exist."""
+    more = ATOMS if atoms == "all" else [name.strip() for name in atoms.split(",") if name.strip()]
+    if odd := [name for name in more if name not in ATOMS]:
+        raise BadInput(f"--atoms: there is no atom {odd[0]!r}; there are {' '.join(ATOMS)}, or all")
+    return list(dict.fromkeys(["sts", "rtr", *more]))
+
+
 def pairs(
-    norms: Tensor, families: Sequence[str], tau: int, measure: str, track: Callable
-) -> dict[str, Tensor]:
-    """Synergy and redundancy of all pairs, by minimum mutual information (mmi), ccs, or the null.
+    norms: Tensor, families: Sequence[str], tau: int, measure: str, track: Callable,
+    atoms: Sequence[str] = ("sts", "rtr"),
+) -> dict[str, Tensor]:  # fmt: skip
+    """Atoms of all pairs, by minimum mutual information (mmi), ccs, or the null.
 
     sts, rtr [head, head] over all prompts; sts_by_family, rtr_by_family [family, head, head];
     sts_heads, rtr_heads [prompt, head]: each head's mean over its pairs in one prompt.
-    surrogate: mmi of heads of two different prompts, the average over `partners`.
+    surrogate: mmi of heads of two different prompts, the average over `partners`. close and lost
+    count pairs x prompts (`phiid.Decomposition`); least is the smallest share of variance that
+    one head of a pair does not share with the other.
     """
     names = list(dict.fromkeys(families))
     shape = (len(names), norms.shape[1], norms.shape[1])
-    total = {atom: np.zeros(shape) for atom in ("sts", "rtr")}
+    total = {atom: np.zeros(shape) for atom in atoms}
     count = np.zeros(shape)
     heads: dict[str, list[np.ndarray]] = {atom: [] for atom in total}
-    lost = 0
+    lost, close, least = 0, 0, np.inf
     for p, family in enumerate(track(families, f"prompts, {measure}")):
         if measure == "surrogate":
             two = [torch.stack([norms[p], norms[other]]) for other in partners(p, len(norms))]
-            found = [phiid.surrogate(both, (1,), tau=tau) for both in two]
+            found = [phiid.surrogate(both, (1,), tau=tau, asked=atoms) for both in two]
         else:
-            found = [phiid.decompose(norms[[p]], tau=tau, redundancy=measure)]
+            found = [phiid.decompose(norms[[p]], tau=tau, redundancy=measure, asked=atoms)]
         lost += sum(one.lost for one in found)
+        close += sum(one.close for one in found)
+        least = min(least, *(one.least for one in found))
         for atom in total:
             matrix = _mean([one[atom] for one in found])
             heads[atom].append(_mean(matrix))
             total[atom][names.index(family)] += np.nan_to_num(matrix)
         count[names.index(family)] += ~np.isnan(matrix)
-    out = {"lost": torch.tensor(lost)}
+    out = {"lost": torch.tensor(lost), "close": torch.tensor(close), "least": torch.tensor(least)}
     with np.errstate(invalid="ignore"):
         for atom in total:
             out[atom] = torch.tensor(total[atom].sum(0) / count.sum(0), dtype=torch.float32)
@@ -118,7 +133,9 @@ def describe(
                 "r_heads_rtr_memory": correlation(head_rtr, own),
                 "flat_series": int(kept["flat"].sum()),
                 "series": kept["flat"].size,
+                "close_pairs": int(pairs_of["close"]),
                 "lost_pairs": int(pairs_of["lost"]),
+                "least_own_variance": float(pairs_of["least"]),
             }
         )
     return pd.DataFrame(rows)

@@ -30,6 +30,8 @@ class Config(BaseConfig):
     """Length of every series in tokens; 0 is 100 (a quick run takes 40)."""
     tau: int = 1
     """Steps between past and future."""
+    atoms: str = ""
+    """Atoms to keep of every pair beside sts and rtr, such as rts,xts; or all (sixteen)."""
     nodes: Literal["heads", "experts"] = "heads"
     """Whose outputs are measured; experts are those of a mixture model."""
     per_category: int = 0
@@ -43,6 +45,7 @@ def main(cfg: Config, run: Run) -> None:
     import head_tables as table
     import head_texts as text
 
+    atoms = pair.asked(cfg.atoms)
     asked = text.choose(prompts.load(__file__), cfg)
     families = [p.family for p in asked]
     session = text.Session(cfg, run, asked)
@@ -63,7 +66,7 @@ def main(cfg: Config, run: Run) -> None:
         for measure in pair.measures(name, cfg.quick):
             found[name, measure] = run.stage(
                 f"pairs_{name}_{measure}.safetensors",
-                lambda x=norms, m=measure: pair.pairs(x, families, cfg.tau, m, run.track),
+                lambda x=norms, m=measure: pair.pairs(x, families, cfg.tau, m, run.track, atoms),
             )
     described = run.stage("described.csv", lambda: pair.describe(series, found, cfg.tau))
     noise = run.stage("noise.json", lambda: pair.floor(series["own"], cfg.tau, cfg.seed))
