@@ -12,6 +12,7 @@ them up:
 A profile is the mean score of each layer's heads: `raw`, scaled to 0 .. 1 (`minmax`), or as the
 layer's percentile rank among the layers (`percentile`, which hides how far layers are apart).
 
+Intervals come from resampled prompts: the atoms are averaged anew, and scores and profiles follow.
 All functions take leading axes, so that a bootstrap is one call. Heads without a value are NaN and
 stay NaN; they are left out of ranks and means.
 """
@@ -87,6 +88,46 @@ def hump(profile: Float[ndarray, "*lead layer"]) -> Float[ndarray, "*lead"]:
     """How far the middle third lies above the higher of the outer two; an inverted U is > 0."""
     early, middle, late = np.moveaxis(thirds(profile), -1, 0)
     return np.asarray(middle - np.maximum(early, late))  # also of a single profile
+
+
+def over_prompts(
+    atoms: Float[ndarray, "prompt head"], weights: Float[ndarray, "draw prompt"] | None = None
+) -> Float[ndarray, "*draw head"]:
+    """Means over prompts without NaN: plain, or one for each row of weights."""
+    weights_ = np.ones((1, len(atoms))) if weights is None else weights
+    there = weights_ @ (~np.isnan(atoms)).astype(float)
+    total = weights_ @ np.nan_to_num(atoms)
+    found = np.divide(total, there, out=np.full(total.shape, np.nan), where=there > 0)
+    return found[0] if weights is None else found
+
+
+def resamples(prompts: int, draws: int, seed: int) -> Float[ndarray, "draw prompt"]:
+    """Bootstrap weights: how often each prompt was drawn."""
+    picks = np.random.default_rng(seed).integers(prompts, size=(draws, prompts))
+    return np.stack([np.bincount(p, minlength=prompts) for p in picks]).astype(float)
+
+
+def shares_over_prompts(
+    sts: Float[ndarray, "prompt head"],
+    rtr: Float[ndarray, "prompt head"],
+    score: str = "value_diff",
+    weights: Float[ndarray, "draw prompt"] | None = None,
+) -> Float[ndarray, "*draw head"]:
+    """`head_shares` of the score of the means over prompts, plain or for each row of weights."""
+    means = (over_prompts(atoms, weights) for atoms in (sts, rtr))
+    return head_shares(head_scores(*means, score))
+
+
+def interval(
+    value: Float[ndarray, "*point"], drawn: Float[ndarray, "_ ..."]
+) -> tuple[Float[ndarray, "*point"], Float[ndarray, "*point"]]:
+    """95 % interval, 1.96 bootstrap standard errors around the value.
+
+    Not the percentiles: ranks of resampled means are noisier than the ranks themselves, which
+    pulls every resampled profile towards 0.5.
+    """
+    spread = 1.96 * np.asarray(np.nanstd(drawn, axis=0, ddof=1))
+    return np.asarray(value - spread), np.asarray(value + spread)
 
 
 def _ranks(values: Float[ndarray, "*lead head"]) -> Float[ndarray, "*lead head"]:

@@ -229,14 +229,6 @@ def test_agreement_of_a_score_with_its_opposite():
     assert row.spearman_heads == pytest.approx(-1) and row.pearson_layers == pytest.approx(-1)
 
 
-def test_means_leave_out_what_is_missing():
-    values = np.array([[1.0, np.nan], [3.0, np.nan], [8.0, 4.0]])
-    assert table.mean(values).tolist() == [4, 4]
-    weights = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    assert table.mean(values, weights)[0, 0] == pytest.approx(5 / 3)
-    assert np.isnan(table.mean(values, weights)[0, 1]) and table.mean(values, weights)[1, 1] == 4
-
-
 # A whole run
 
 

@@ -73,3 +73,27 @@ def test_unknown_names_are_refused():
         profiles.layer_profile(STS, LAYER, "rank")
     with pytest.raises(BadInput, match="2 layers"):
         profiles.hump(np.zeros(2))
+
+
+def test_means_leave_out_what_is_missing():
+    values = np.array([[1.0, np.nan], [3.0, np.nan], [8.0, 4.0]])
+    assert profiles.over_prompts(values).tolist() == [4, 4]
+    weights = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    assert profiles.over_prompts(values, weights)[0, 0] == pytest.approx(5 / 3)
+    assert (
+        np.isnan(profiles.over_prompts(values, weights)[0, 1])
+        and profiles.over_prompts(values, weights)[1, 1] == 4
+    )
+
+
+def test_resampled_profiles_lie_around_the_profile():
+    """The spread of a mean over prompts is known: sd / sqrt(n)."""
+    rng = np.random.default_rng(0)
+    atoms = np.arange(8.0) + rng.standard_normal((400, 8))
+    weights = profiles.resamples(400, 2000, 0)
+    assert weights.shape == (2000, 400) and (weights.sum(1) == 400).all()
+    low, high = profiles.interval(atoms.mean(0), profiles.over_prompts(atoms, weights))
+    np.testing.assert_allclose(high - low, 2 * 1.96 / 20, rtol=0.15)
+    assert profiles.shares_over_prompts(atoms, 0 * atoms).tolist() == [k / 7 for k in range(8)]
+    drawn = profiles.shares_over_prompts(atoms, 0 * atoms, "rank_diff", weights[:3])
+    assert drawn.shape == (3, 8)

@@ -45,21 +45,6 @@ def gather(found: dict[tuple[str, str], dict], memory: np.ndarray) -> Measured:
     return measured
 
 
-def mean(table: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Mean over prompts without NaN: [head], or [draw, head] with weights [draw, prompt]."""
-    if weights is None:
-        weights = np.ones(len(table))
-    there = weights @ (~np.isnan(table)).astype(float)
-    total = weights @ np.nan_to_num(table)
-    return np.divide(total, there, out=np.full(total.shape, np.nan), where=there > 0)
-
-
-def draws(n: int, resamples: int, seed: int) -> np.ndarray:
-    """Bootstrap weights [draw, prompt]: how often each prompt was drawn."""
-    picks = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    return np.stack([np.bincount(p, minlength=n) for p in picks]).astype(float)
-
-
 def score_table(nodes: pd.DataFrame, measured: Measured, lag: np.ndarray) -> pd.DataFrame:
     """One row per head of `own`: atoms and scores by measure. 006 to 009 read it.
 
@@ -69,15 +54,15 @@ def score_table(nodes: pd.DataFrame, measured: Measured, lag: np.ndarray) -> pd.
     table = nodes.copy()
     for measure in ("mmi", "ccs", "surrogate", "excess"):
         atoms = measured["own", measure]
-        sts, rtr = mean(atoms.sts), mean(atoms.rtr)
+        sts, rtr = profiles.over_prompts(atoms.sts), profiles.over_prompts(atoms.rtr)
         columns = {"sts": sts, "rtr": rtr}
         columns |= {score: profiles.head_scores(sts, rtr, score) for score in profiles.SCORES}
         for name, values in columns.items():
             if measure == "mmi":
                 table[name] = values
             table[f"{name}_{measure}"] = values
-    table["memory"] = mean(measured["own", "memory"].sts)
-    table["lag_correlation"] = mean(lag)
+    table["memory"] = profiles.over_prompts(measured["own", "memory"].sts)
+    table["lag_correlation"] = profiles.over_prompts(lag)
     table["prompts"] = (~np.isnan(measured["own", "mmi"].sts)).sum(0)
     return table
 
@@ -129,7 +114,7 @@ def shapes(
     for place, value, drawn in _each(measured, families, resamples, seed):
         raw = profiles.layer_profile(value, layer)
         hump = profiles.hump(raw)
-        low, high = interval(hump, profiles.hump(profiles.layer_profile(drawn, layer)))
+        low, high = profiles.interval(hump, profiles.hump(profiles.layer_profile(drawn, layer)))
         mixed = rng.permuted(np.tile(value, (1000, 1)), axis=1)
         null = profiles.hump(profiles.layer_profile(mixed, layer))
         third = dict(zip(("early", "middle", "late"), profiles.thirds(raw), strict=True))
@@ -150,30 +135,19 @@ def _each(
     for condition, measure, score, family, which in _kinds(measured, families):
         atoms = Atoms(*(table[which] for table in measured[condition, measure]))
         place = {"condition": condition, "measure": measure, "score": score, "family": family}
-        weights = draws(len(which), resamples, seed)
+        weights = profiles.resamples(len(which), resamples, seed)
         yield place | {"n": len(which)}, shares(atoms, score), shares(atoms, score, weights)
 
 
 def _band(value: np.ndarray, drawn: np.ndarray, layer: np.ndarray, mode: str) -> dict:
     middle = profiles.layer_profile(value, layer, mode)
-    low, high = interval(middle, profiles.layer_profile(drawn, layer, mode))
+    low, high = profiles.interval(middle, profiles.layer_profile(drawn, layer, mode))
     return {"mean": middle, "low": low, "high": high}
-
-
-def interval(value: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval, 1.96 bootstrap standard errors around the value.
-
-    Not the percentiles: ranks of resampled means are noisier than the ranks themselves, which
-    pulls every resampled profile towards 0.5.
-    """
-    spread = 1.96 * np.nanstd(drawn, axis=0, ddof=1)
-    return value - spread, value + spread
 
 
 def shares(atoms: Atoms, score: str, weights: np.ndarray | None = None) -> np.ndarray:
     """Ranks of the heads' scores, 0 .. 1: [head], or [draw, head]."""
-    found = profiles.head_scores(mean(atoms.sts, weights), mean(atoms.rtr, weights), score)
-    return profiles.head_shares(found)
+    return profiles.shares_over_prompts(*atoms, score, weights)
 
 
 def reliability(measured: Measured, families: Sequence[str], seed: int) -> pd.DataFrame:
@@ -233,7 +207,7 @@ def by_checkpoint(
     for i, name in enumerate(names):
         for how in ("written", "replayed"):
             atoms = Atoms(found[f"sts_{how}"][i], found[f"rtr_{how}"][i])
-            weights = draws(len(atoms.sts), resamples, seed)
+            weights = profiles.resamples(len(atoms.sts), resamples, seed)
             value, drawn = shares(atoms, "value_diff"), shares(atoms, "value_diff", weights)
             place = {"checkpoint": name, "order": i, "text": how, "n": len(atoms.sts)}
             for mode in ("minmax", "raw"):
