@@ -255,38 +255,41 @@ def summarise(
         "mean sts of white noise of this length (nats)": noise["sts"],
         "r over pairs, sts with that of different prompts": own.r_pairs_sts_surrogate,
         "r over pairs, sts with twice the smaller memory": own.r_pairs_sts_memory,
-        "r over heads, synergy with redundancy, MMI": own.r_heads_sts_rtr,
-        "r over heads, synergy with redundancy, CCS": by.loc["own", "ccs"].r_heads_sts_rtr,
-        "mean sts under CCS (nats)": by.loc["own", "ccs"].sts,
+        "r over heads, synergy with redundancy, mmi": own.r_heads_sts_rtr,
+        "r over heads, synergy with redundancy, ccs": by.loc["own", "ccs"].r_heads_sts_rtr,
+        "mean sts of a pair, ccs (nats)": by.loc["own", "ccs"].sts,
     }
-    for _, row in shapes[(shapes.condition == "own") & (shapes.family == "all")].iterrows():
-        label = f"hump of the profile, {row.measure}"
-        label += "" if row.measure == "memory" else f", {row.score}"
-        out[label] = estimate(row, "hump")
-    for _, row in shapes[(shapes.condition != "own") & (shapes.score == "value_diff")].iterrows():
-        out[f"hump, {NAMES[row.condition]}, {row.measure}, value_diff"] = estimate(row, "hump")
-    kept = reliable[(reliable.condition == "own") & (reliable.measure != "memory")]
-    for _, row in kept.iterrows():
-        out[f"split-half Spearman of heads, {row.measure}, {row.score}"] = row.spearman
+    humps = shapes[shapes.family == "all"].set_index(["condition", "measure", "score"])
+    for measure, score in (("mmi", "value_diff"), ("mmi", "rank_diff"), ("ccs", "value_diff"),
+                           ("surrogate", "value_diff"), ("excess", "value_diff"),
+                           ("memory", "value_diff")):  # fmt: skip
+        label = measure if measure == "memory" else f"{measure}, {score}"
+        out[f"hump of the profile, {label}"] = estimate(humps.loc[("own", measure, score)], "hump")
+    for condition, _, score in humps.xs("mmi", level="measure", drop_level=False).index:
+        if condition != "own" and score == "value_diff":
+            row = humps.loc[(condition, "mmi", score)]
+            out[f"hump, mmi, value_diff, {NAMES[condition]}"] = estimate(row, "hump")
+    halves = reliable.set_index(["condition", "measure", "score"])
+    for measure, score in (("mmi", "value_diff"), ("mmi", "rank_diff"), ("ccs", "value_diff")):
+        row = halves.loc[("own", measure, score)]
+        out[f"split-half Spearman over heads, {measure}, {score}"] = row.spearman
     base = alike[alike.one == "own mmi value_diff"].set_index("other").spearman_heads
-    for other in ("own mmi rank_diff", "own ccs value_diff", "own excess value_diff",
-                  "own memory value_diff", "shuffled mmi value_diff", "sampled mmi value_diff",
-                  "chat mmi value_diff", "text mmi value_diff",
-                  "replayed mmi value_diff"):  # fmt: skip
+    for other in ("own memory value_diff", "own mmi rank_diff", "own ccs value_diff",
+                  "own excess value_diff", "sampled mmi value_diff"):  # fmt: skip
         if other in base.index:
             out[f"Spearman over heads, own mmi value_diff with {other}"] = base[other]
-    for condition, rows in texts.groupby("condition", sort=False):
-        said = NAMES[condition]
-        out[f"different tokens per text, {said}"] = rows.distinct.mean()
-        out[f"texts that end in an exact loop, {said}"] = float((rows.period > 0).mean())
     for condition in ("own", "untrained", "replayed"):
         row, said = by.loc[condition, "mmi"], NAMES[condition]
         out[f"median lag correlation of heads, {said}"] = row.lag_correlation
-        out[f"series that do not vary, {said}"] = int(row.flat_series)
-        out[f"pairs without an answer, {said}"] = int(row.lost_pairs)
         if condition != "own":
             out[f"mean sts, {said} (nats)"] = row.sts
+            out[f"pairs x prompts without an answer, {said}"] = int(row.lost_pairs)
+    for condition in ("own", "untrained"):
+        rows, said = texts[texts.condition == condition], NAMES[condition]
+        out[f"different tokens per text, {said}"] = rows.distinct.mean()
+        out[f"repeated 4-grams, {said} (share)"] = rows.repeated.mean()
+        out[f"texts that end in an exact loop, {said} (share)"] = float((rows.period > 0).mean())
     right = texts[texts.condition == "own"].groupby("family", sort=False).right.mean().dropna()
     for family, share in right.items():
-        out[f"gold answer in the text, {family}"] = share
+        out[f"gold answer in the text, {family} (share)"] = share
     return out
