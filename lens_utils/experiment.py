@@ -256,15 +256,20 @@ class Run:
 
     # While it runs
 
-    def model(self, random_init: bool = False, fold: bool = False) -> "LoadedModel":
-        """This run's model, loaded once and named in the manifest; or its untrained twin."""
+    def model(
+        self, random_init: bool = False, fold: bool = False, other: str = ""
+    ) -> "LoadedModel":
+        """This run's model (or the `other` one), loaded once and named in the manifest; or its
+        untrained twin."""
         name = ("untrained twin" if random_init else "model") + (", folded" if fold else "")
+        name += f" of {other}" if other else ""
         if name not in self._models:
             from lens_utils.models import load_model
 
             cfg = self.cfg
             seed = cfg.seed if random_init else None
-            loaded = load_model(cfg.model, cfg.device, cfg.dtype, init_seed=seed, fold=fold)
+            model = other or cfg.model
+            loaded = load_model(model, cfg.device, cfg.dtype, init_seed=seed, fold=fold)
             self._rests_on("models", name, loaded.identity)
             self._models[name] = loaded
         return self._models[name]
