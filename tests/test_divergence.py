@@ -232,7 +232,7 @@ def test_sets_are_nested():
 
 
 def test_a_share_is_a_number_of_heads():
-    assert [divergence.count(share, 72) for share in (0.001, 0.05, 0.25, 1)] == [1, 4, 18, 72]
+    assert [divergence.count(share, 72) for share in (0.001, 0.05, 0.25, 1.0)] == [1, 4, 18, 72]
 
 
 def test_bad_input_is_one_line(tiny):
@@ -241,7 +241,7 @@ def test_bad_input_is_one_line(tiny):
     against = divergence.full(model, readout, IDS, STEPS)
     one = torch.zeros(1, 2, HEADS, dtype=torch.bool)
     wrong = [
-        (lambda: divergence.count(0, 72), "share of 0 of the heads"),
+        (lambda: divergence.count(0.0, 72), "share of 0 of the heads"),
         (lambda: divergence.count(1.2, 72), "share of 1.2 of the heads"),
         (lambda: divergence.count(float("nan"), 72), "share of nan"),
         (lambda: divergence.sets([0, 0], [1], 2, 3), "at most once"),

@@ -28,7 +28,7 @@ def modules(monkeypatch):
 
 
 def plan(modules, **changes):
-    return modules.orders.Plan(SimpleNamespace(**CFG | changes))
+    return modules.orders.Plan(SimpleNamespace(**CFG | changes), scores())
 
 
 def scores(**columns):
@@ -43,7 +43,7 @@ def single(kl, texts=("s0",)):
 
 def test_orders_follow_their_score(modules):
     importance = np.random.default_rng(1).permutation(SIZE).astype(float)
-    heads = modules.orders.heads(scores(), single(importance), ["value_diff"])
+    heads = modules.orders.heads(scores(), single(importance, "ab"))
     found = plan(modules).orders(heads)
     by_name = {o["order"]: o for o in found}
     assert by_name["value_diff, high first"]["heads"] == list(range(SIZE))
@@ -61,7 +61,16 @@ def test_orders_follow_their_score(modules):
     for order in found:
         assert sorted(order["heads"]) == list(range(SIZE)), order["order"]
         assert (order["turn"] is None) == (order["order"] == order["kind"])
-    assert {o["turn"] for o in found if o["kind"] == "random"} == {0, 1, 2}
+
+
+def test_every_random_order_has_its_texts(modules):
+    """As many on each text, every order on as many texts; orders of scores are run on all."""
+    orders = [{"order": "score", "turn": None}, *({"order": n, "turn": n} for n in range(8))]
+    for turns, each in ((4, 2), (2, 4), (1, 8)):
+        due = [modules.orders.due(orders, text, turns) for text in range(turns)]
+        assert all(len(found) == 1 + each for found in due)
+        names = [o["order"] for found in due for o in found]
+        assert sorted(n for n in names if n != "score") == list(range(8))
 
 
 def test_ties_are_drawn_and_unknown_scores_come_last(modules):
@@ -77,13 +86,15 @@ def test_ties_are_drawn_and_unknown_scores_come_last(modules):
 
 def test_points(modules):
     """Shares, or every few heads up to 40 %; the common ones are always among them."""
-    assert plan(modules).counts(SIZE, ordered=True) == {3: 0.1, 6: 0.2, 9: 0.3, 12: 0.4}
-    assert plan(modules).counts(SIZE, ordered=False) == {6: 0.2, 12: 0.4}
-    every = plan(modules, points="every 5").counts(SIZE, ordered=True)
-    assert every == {5: 5 / SIZE, 6: 0.2, 10: 10 / SIZE, 12: 0.4}
-    assert plan(modules, quick=True).common == [0.2]
-    standard = plan(modules, points="", random_points="0.1,0.25,0.4").counts(272, ordered=True)
-    assert list(standard) == [14, 27, 41, 54, 68, 82, 109]
+    assert plan(modules).counts(SIZE, True) == [(3, 0.1), (6, 0.2), (8, 0.25), (9, 0.3), (12, 0.4)]
+    assert plan(modules).counts(SIZE, False) == [(6, 0.2), (8, 0.25), (12, 0.4)]
+    every = plan(modules, points="every 5").counts(SIZE, True)
+    assert every == [(5, 5 / SIZE), (6, 0.2), (8, 0.25), (10, 10 / SIZE), (12, 0.4)]
+    assert [k for k, _ in plan(modules, points="every 5").counts(272, True)] == sorted(
+        {*range(5, 109, 5), 54, 68, 109}
+    )
+    assert plan(modules, quick=True).common == [0.2, 0.25]
+    assert plan(modules).counts(4, False) == [(1, 0.2), (1, 0.25), (2, 0.4)], "few heads"
 
 
 def test_texts_for_single_heads_are_none_of_the_orders(modules):
@@ -94,8 +105,8 @@ def test_texts_for_single_heads_are_none_of_the_orders(modules):
     texts = modules.readings.choose(asked, tokens, SimpleNamespace(**CFG))
     assert [t["id"] for t in texts if t["use"] == "single"] == ["a0", "b0", "c0"]
     assert [t["id"] for t in texts if t["use"] == "orders"] == ["a1", "a2", "b1", "b2", "c1", "c2"]
-    assert texts[1]["ids"] == [1, 7, 101, 201] and texts[1]["steps"] == 3
-    assert [t["turn"] for t in texts if t["use"] == "orders"] == [0, 1, 2, 0, 1, 2]
+    assert texts[3]["ids"] == [1, 7, 101, 201] and texts[3]["steps"] == 3
+    assert [t["turn"] for t in texts if t["use"] == "orders"] == [0, 1, 2, 3, 4, 5]
     cfg = SimpleNamespace(**CFG | {"quick": True, "steps": 2})
     quick = modules.readings.choose(asked, tokens, cfg)
     assert [(t["id"], t["use"]) for t in quick] == [
@@ -105,7 +116,7 @@ def test_texts_for_single_heads_are_none_of_the_orders(modules):
 
 
 def test_bad_settings_are_one_line(modules):
-    good = modules.orders.heads
+    check = modules.orders.check
     asked = [{"id": f"a{i}", "family": "a", "ids": [1], "text": ""} for i in range(2)]
     choose = lambda **kw: modules.readings.choose(  # noqa: E731
         asked, [[1, 2]] * 2, SimpleNamespace(**CFG | kw)
@@ -118,13 +129,16 @@ def test_bad_settings_are_one_line(modules):
         (lambda: plan(modules, points="every 0"), "every 5"),
         (lambda: plan(modules, points="every"), "every 5"),
         (lambda: plan(modules, random_orders=1), "at least 2"),
-        (lambda: plan(modules, random_points=""), "needs at least one share"),
-        (lambda: good(scores(), single(1.0), ["synergy"]), "no column 'synergy'; there are value"),
-        (lambda: good(scores(), single(1.0), ["layer"]), "no column 'layer'"),
-        (lambda: good(scores()[:25], single(1.0), ["value_diff"]), "scores of 25 heads.*model 30"),
-        (lambda: good(scores(head=np.arange(SIZE)), single(1.0), ["value_diff"]), "another model"),
+        (lambda: plan(modules, random_points=""), "write shares of all heads"),
+        (lambda: plan(modules, scores="synergy"), "no column 'synergy'; there are value_diff"),
+        (lambda: plan(modules, scores="layer"), "no column 'layer'"),
+        (lambda: check(scores()[:25], L, H), "25 scores up to layer 4, this model 6 layers of 5"),
+        (lambda: check(scores(head=np.arange(SIZE)), L, H), "another model"),
+        (lambda: check(scores(), L, H + 1), "another model"),
         (lambda: choose(steps=3), "wrote 2 tokens"),
-        (lambda: choose(), "one prompt more of each; 005 has 2 of a"),
+        (lambda: choose(steps=-1), "wrote 2 tokens"),
+        (lambda: choose(), "--per-category 2: 005 has 2 prompts of a"),
+        (lambda: choose(per_category=-1), "one is kept for single heads"),
     ]
     for call, said in wrong:
         with pytest.raises(BadInput, match=said) as caught:
@@ -137,6 +151,7 @@ def made_up(value, texts=6):
     rows = []
     for n in range(texts):
         rows.append(("none", "none", 0.0, 0, n, "zero", 1e-9))
+        rows.append(("all", "all", 1.0, 30, n, "zero", 9.0))
         for kind, orders in (("score, high first", [0]), ("random", [0, 1, 2, 3])):
             for j in orders:
                 if kind == "random" and j % 2 != n % 2:
@@ -158,6 +173,7 @@ def test_areas_against_random(modules):
     found = modules.tables.areas(made_up(value), [0.2, 0.4], seed=0)
     row = found[found.kind == "score, high first"].iloc[0]
     # Trapezoids 0, 0.04, 0.16 at 0, 0.2, 0.4, times 3, times the mean of 1 .. 6.
+    assert set(found.kind) == {"score, high first"} and set(found.against) == {"random"}
     assert row.area == pytest.approx(3 * 3.5 * (0.02 * 0.2 + 0.1 * 0.2))
     assert row.value == pytest.approx(3) and row.below == 1
     assert row.low < 3 < row.high or (row.low, row.high) == (pytest.approx(3), pytest.approx(3))
@@ -211,3 +227,21 @@ def test_curves_are_means_over_texts_and_orders(modules):
     assert found.loc[("random", 0.4), "mean"] == pytest.approx(1.5)
     assert found.loc["random"].resampled.unique() == ["orders"] and found.loc["random"].n.max() == 4
     assert found.loc["score, high first"].n.max() == 6
+
+
+def test_other_ablations_are_compared_with_random_heads(modules, monkeypatch):
+    """At one share, each ablation by itself, only orders that every ablation was run on."""
+    monkeypatch.setattr(modules.tables, "CONTROL", 0.2)
+    points = made_up(lambda kind, n, j, share: (1 + n) * (1 if kind == "random" else 3) + share)
+    other = points[points.kind != "all"].assign(ablation="mean", kl=points.kl * 10)
+    twice = other.kind.str.startswith("score")
+    other.loc[twice, "kl"] = other.kl / 3
+    more = points[points.kind == "score, high first"].assign(kind="alone", order="alone")
+    found = modules.tables.ablations(pd.concat([points, more, other]), seed=0)
+    found = found.set_index(["ablation", "kind"])
+    assert list(found.index) == [("zero", "score, high first"), ("mean", "score, high first")]
+    zero, mean = found.value
+    assert zero == pytest.approx((3 * 3.5 + 0.2) / (3.5 + 0.2))
+    assert mean == pytest.approx(zero / 3)
+    assert found.nats.tolist() == pytest.approx([3 * 3.5 + 0.2, 10 * (3 * 3.5 + 0.2) / 3])
+    assert found.random_nats.tolist() == pytest.approx([3.7, 37])

@@ -9,104 +9,98 @@ Head h of layer l is number l n_heads + h.
                           gone as in value_diff's order. What is left is not a matter of depth
 """
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import numpy as np
 import pandas as pd
 
 from lens_utils.divergence import count
 from lens_utils.errors import BadInput
 
-DEFAULT = ("value_diff", "rank_diff", "value_diff_excess", "value_diff_ccs")
+DEFAULT = ("value_diff", "rank_diff", "value_diff_excess", "value_diff_ccs", "memory")
 QUICK = 2  # of them
-POINTS, QUICK_POINTS = "0.05,0.1,0.15,0.2,0.25,0.3,0.4", "0.1,0.25"
+POINTS, QUICK_POINTS = "0.05,0.1,0.25,0.4", "0.1,0.25"
 MOST = 0.4  # of all heads, for points every so many
-TURNS = 3  # a random order is run on every third text: more orders cost as little as more texts
+TURNS = 4  # a random order is run on every fourth text: more orders cost as little as more texts
 LAYERS = "value_diff"  # whose layers the second kind of random orders keeps
+RANDOM = "random"
 CONTROL = 0.25  # share at which the other ablations are measured, of these orders
-CONTROLLED = (f"{LAYERS}, high first", f"{LAYERS}, low first", "alone, high first", "random")
+CONTROLLED = (f"{LAYERS}, high first", f"{LAYERS}, low first", "alone, high first", RANDOM)
 
 
-@dataclass(frozen=True)
 class Plan:
-    """What is asked of a run. Raises BadInput when it cannot be made sense of."""
+    """What is asked of a run, with 005's scores. Raises BadInput for what cannot be made sense of,
+    and for columns that 005 does not have."""
 
-    cfg: object
-
-    def __post_init__(self) -> None:
-        if self.cfg.random_orders < 2:
-            raise BadInput(f"--random-orders {self.cfg.random_orders}: at least 2")
-        if not self.every:
-            shares(self.cfg.points)
-        assert self.scores and self.common
-
-    @cached_property
-    def scores(self) -> list[str]:
-        """Columns of 005 to order heads by."""
-        if not self.cfg.scores:
-            return list(DEFAULT[:QUICK] if self.cfg.quick else DEFAULT)
-        return list(dict.fromkeys(s.strip() for s in self.cfg.scores.split(",") if s.strip()))
-
-    @property
-    def every(self) -> int:
-        """Heads between two points, 0 where shares are given."""
-        first, _, n = self.cfg.points.partition(" ")
+    def __init__(self, cfg, scores: pd.DataFrame) -> None:
+        self.seed, self.n_random = cfg.seed, cfg.random_orders
+        if self.n_random < 2:
+            raise BadInput(f"--random-orders {self.n_random}: at least 2")
+        default = DEFAULT[:QUICK] if cfg.quick else DEFAULT
+        named = [name.strip() for name in cfg.scores.split(",") if name.strip()]
+        self.scores = list(dict.fromkeys(named)) or list(default)
+        have = [c for c in scores.columns if c not in ("layer", "head")]
+        if odd := [c for c in [*self.scores, LAYERS] if c not in have]:
+            raise BadInput(f"scores.csv of 005 has no column {odd[0]!r}; there are "
+                           f"{', '.join(have)}")  # fmt: skip
+        common = shares(cfg.random_points)
+        if cfg.quick:
+            common = [share for share in common if share <= CONTROL]
+        self.common = sorted({*common, CONTROL})
+        first, _, n = cfg.points.partition(" ")
+        self.every = 0
         if first != "every":
-            return 0
-        if not n.isdecimal() or int(n) == 0:
-            raise BadInput(f"--points {self.cfg.points!r}: write shares, or such as 'every 5'")
-        return int(n)
+            self.shares = shares(cfg.points or (QUICK_POINTS if cfg.quick else POINTS))
+        elif n.isdecimal() and int(n) > 0:
+            self.every = int(n)
+        else:
+            raise BadInput(f"--points {cfg.points!r}: write shares, or such as 'every 5'")
 
-    @cached_property
-    def common(self) -> list[float]:
-        """Shares at which everything is measured."""
-        found = shares(self.cfg.random_points)
-        if not found:
-            raise BadInput("--random-points needs at least one share, such as 0.1,0.25")
-        return found[:-1] if self.cfg.quick and len(found) > 1 else found
+    def counts(self, size: int, scored: bool) -> list[tuple[int, float]]:
+        """Numbers of heads to take away with the shares they stand for.
 
-    def counts(self, size: int, ordered: bool) -> dict[int, float]:
-        """Numbers of heads to take away and the shares they stand for; with `ordered`, of a score's
-        order, which has points of its own beside the common ones."""
-        found = {count(share, size): share for share in self.common}
-        if ordered and self.every:
+        scored: of the order of a score, which has points of its own beside the common ones.
+        """
+        found = {(count(share, size), share) for share in self.common}
+        if scored and self.every:
+            taken = {k for k, _ in found}
             steps = range(self.every, int(MOST * size) + 1, self.every)
-            found = {k: k / size for k in steps} | found
-        elif ordered:
-            given = self.cfg.points or (QUICK_POINTS if self.cfg.quick else POINTS)
-            found = {count(share, size): share for share in shares(given)} | found
-        return dict(sorted(found.items()))
+            found |= {(k, k / size) for k in steps if k not in taken}
+        elif scored:
+            found |= {(count(share, size), share) for share in self.shares}
+        return sorted(found)
 
     def orders(self, heads: pd.DataFrame) -> list[dict]:
-        """Every order: name, kind, turn (None: run on all texts) and its heads."""
-        rng = np.random.default_rng(self.cfg.seed)
-        named = {f"{score}": heads[score].to_numpy(float) for score in self.scores}
-        named["alone"] = heads["alone"].to_numpy(float)
+        """Every order: name, kind, turn (None: run on every text) and its heads."""
+        rng = np.random.default_rng(self.seed)
         found = []
-        for name, values in named.items():
+        for name in (*self.scores, "alone"):
             for end, sign in (("high", 1), ("low", -1)):
-                of_heads = ranked(sign * values, rng)
-                found.append({"order": f"{name}, {end} first", "kind": f"{name}, {end} first",
-                              "turn": None, "heads": of_heads})  # fmt: skip
-        layer, n = heads.layer.to_numpy(), self.cfg.random_orders
-        drawn = [("random", [rng.permutation(len(heads)).tolist() for _ in range(n)])]
+                order = ranked(sign * heads[name].to_numpy(float), rng)
+                kind = f"{name}, {end} first"
+                found.append({"order": kind, "kind": kind, "turn": None, "heads": order})
+        drawn = {RANDOM: [rng.permutation(len(heads)).tolist() for _ in range(self.n_random)]}
+        layer = heads.layer.to_numpy()
         for end, sign in (("high", 1), ("low", -1)):
             like = ranked(sign * heads[LAYERS].to_numpy(float), rng)
-            kept = [in_layers(like, layer, rng) for _ in range(n // 2)]
-            drawn.append((f"random, layers of {LAYERS}, {end} first", kept))
-        for kind, orders in drawn:
-            found += [
-                {"order": f"{kind} {j}", "kind": kind, "turn": j % TURNS, "heads": of_heads}
-                for j, of_heads in enumerate(orders)
+            drawn[f"random, layers of {LAYERS}, {end} first"] = [
+                in_layers(like, layer, rng) for _ in range(self.n_random // 2)
             ]
+        found += [
+            {"order": f"{kind} {turn}", "kind": kind, "turn": turn, "heads": order}
+            for kind, orders in drawn.items()
+            for turn, order in enumerate(orders)
+        ]
         return found
+
+
+def due(orders: list[dict], turn: int, turns: int) -> list[dict]:
+    """The orders that are run on text number `turn`: of the random ones, every so many."""
+    return [o for o in orders if o["turn"] is None or (o["turn"] - turn) % turns == 0]
 
 
 def shares(text: str) -> list[float]:
     """Shares in a setting, in order. Raises BadInput for what is no number or outside (0, 1]."""
     try:
-        found = sorted({float(part) for part in text.split(",")}) if text else []
+        found = sorted({float(part) for part in text.split(",")})
     except ValueError:
         raise BadInput(f"{text!r}: write shares of all heads, such as 0.1,0.25") from None
     for share in found:
@@ -114,22 +108,19 @@ def shares(text: str) -> list[float]:
     return found
 
 
-def heads(scores: pd.DataFrame, single: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """One row per head: 005's scores, and `alone`, the mean divergence (nats) without it.
+def check(scores: pd.DataFrame, n_layers: int, n_heads: int) -> None:
+    """Raises BadInput for scores of other heads than the model's."""
+    found = set(zip(scores["layer"], scores["head"], strict=True))
+    if len(scores) != n_layers * n_heads or found != set(np.ndindex(n_layers, n_heads)):
+        raise BadInput(f"005 has {len(scores)} scores up to layer {scores.layer.max()}, this model "
+                       f"{n_layers} layers of {n_heads} heads: they are of another model, or of "
+                       "experts")  # fmt: skip
 
-    Raises BadInput for a column that 005 does not have, and for scores of other heads than these.
-    """
-    if odd := [c for c in [*columns, LAYERS] if c not in scores or c in ("layer", "head")]:
-        have = ", ".join(c for c in scores.columns if c not in ("layer", "head"))
-        raise BadInput(f"scores.csv of 005 has no column {odd[0]!r}; there are {have}")
+
+def heads(scores: pd.DataFrame, single: pd.DataFrame) -> pd.DataFrame:
+    """One row per head: 005's scores, and `alone`, the mean divergence (nats) without it."""
     alone = single.groupby(["layer", "head"], as_index=False).kl.mean()
-    alone = alone.rename(columns={"kl": "alone"})
-    one, other = ([*map(tuple, t[["layer", "head"]].to_numpy())] for t in (scores, alone))
-    if sorted(one) != other:
-        raise BadInput(f"005 has scores of {len(one)} heads up to layer {max(one)[0]}, this model "
-                       f"{len(other)} heads up to layer {max(other)[0]}: they are of another model "
-                       "or of experts")  # fmt: skip
-    return alone.merge(scores, on=["layer", "head"]).sort_values(["layer", "head"])
+    return alone.rename(columns={"kl": "alone"}).merge(scores, on=["layer", "head"])
 
 
 def ranked(values: np.ndarray, rng: np.random.Generator) -> list[int]:

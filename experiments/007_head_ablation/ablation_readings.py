@@ -5,7 +5,7 @@ from functools import cached_property
 
 import pandas as pd
 import torch
-from ablation_orders import CONTROL, CONTROLLED, TURNS, Plan
+from ablation_orders import CONTROL, CONTROLLED, TURNS, Plan, check, due
 from torch import Tensor
 
 from lens_utils import divergence, lens
@@ -14,7 +14,7 @@ from lens_utils.experiment import Run
 from lens_utils.models import LoadedModel
 
 PER_CATEGORY = 2
-QUICK_STEPS, QUICK_CATEGORIES = 12, 2
+STEPS, QUICK_STEPS, QUICK_CATEGORIES = 32, 12, 2
 POOL = 6  # texts that heads' mean outputs are taken from
 
 
@@ -24,33 +24,34 @@ def choose(asked: Sequence[dict], tokens: Sequence[Sequence[int]], cfg) -> list[
     A text is the prompt and what the model wrote, without the last token, which decides nothing.
     Raises BadInput when 005 has too few prompts or steps.
     """
-    steps = cfg.steps or (QUICK_STEPS if cfg.quick else len(tokens[0]))
-    if not 0 < steps <= len(tokens[0]):
-        raise BadInput(f"--steps {cfg.steps}: 005 wrote {len(tokens[0])} tokens to each prompt")
+    have = len(tokens[0])
+    steps = cfg.steps or min(have, QUICK_STEPS if cfg.quick else STEPS)
+    if not 0 < steps <= have:
+        raise BadInput(f"--steps {cfg.steps}: 005 wrote {have} tokens to each prompt")
     wanted = cfg.per_category or (1 if cfg.quick else PER_CATEGORY)
-    texts = []
-    for family in dict.fromkeys(prompt["family"] for prompt in asked):
+    families = list(dict.fromkeys(prompt["family"] for prompt in asked))
+    single, orders = [], []
+    for family in families[: QUICK_CATEGORIES if cfg.quick else None]:
         members = [i for i, prompt in enumerate(asked) if prompt["family"] == family]
-        if len(members) <= wanted:
-            raise BadInput(f"--per-category {wanted} needs one prompt more of each; 005 has "
-                           f"{len(members)} of {family}")  # fmt: skip
-        for n, i in enumerate(members[: wanted + 1]):
-            whole = [*asked[i]["ids"], *tokens[i][: steps - 1]]
-            use = "orders" if n else "single"
-            texts.append({"id": asked[i]["id"], "family": family, "use": use, "steps": steps,
-                          "ids": whole})  # fmt: skip
-    if cfg.quick:
-        few = [t["family"] for t in texts if t["use"] == "single"][:QUICK_CATEGORIES]
-        texts = [t for t in texts if t["family"] in few and (t["use"] == "orders" or t is texts[0])]
-    turns = {t["id"]: n % TURNS for n, t in enumerate(t for t in texts if t["use"] == "orders")}
-    return [t | {"turn": turns.get(t["id"])} for t in texts]
+        if not 0 < wanted < len(members):
+            raise BadInput(f"--per-category {wanted}: 005 has {len(members)} prompts of {family}, "
+                           "and one is kept for single heads")  # fmt: skip
+        for i in members[: wanted + 1]:
+            ids = [*asked[i]["ids"], *tokens[i][: steps - 1]]
+            text = {"id": asked[i]["id"], "family": family, "steps": steps, "ids": ids}
+            (orders if i != members[0] else single).append(text)
+    return [
+        *({**text, "use": "single", "turn": -1} for text in single[: 1 if cfg.quick else None]),
+        *({**text, "use": "orders", "turn": turn} for turn, text in enumerate(orders)),
+    ]
 
 
 class Session:
-    """The model and the texts."""
+    """The model, the texts, and the scores that are to be of this model."""
 
-    def __init__(self, cfg, run: Run, texts: list[dict]) -> None:
-        self.cfg, self.run, self.texts = cfg, run, texts
+    def __init__(self, cfg, run: Run, texts: list[dict], scores: pd.DataFrame) -> None:
+        self.cfg, self.run, self.texts, self.scores = cfg, run, texts, scores
+        self.turns = min(TURNS, sum(text["use"] == "orders" for text in texts))
         self.held: dict[str, Tensor] = {}  # heads' outputs of texts, by id
 
     @cached_property
@@ -68,6 +69,7 @@ class Session:
     def single(self, texts: Sequence[dict]) -> pd.DataFrame:
         """Mean divergence over a text without each head alone: one row per head."""
         n_layers, n_heads = self.shape
+        check(self.scores, n_layers, n_heads)
         every = torch.eye(n_layers * n_heads, dtype=torch.bool).unflatten(1, self.shape)
         rows = pd.MultiIndex.from_product([range(n_layers), range(n_heads)])
         frame = rows.to_frame(index=False, name=["layer", "head"])
@@ -78,27 +80,29 @@ class Session:
     def along(self, text: dict, orders: list[dict], plan: Plan) -> pd.DataFrame:
         """Mean divergence over a text at every point of every order that is run on it.
 
-        One row without any head gone is measured like the others. The other ablations are measured
-        at one share of a few orders.
+        No head gone and all heads gone are measured like the others. The other ablations are
+        measured at one share of a few orders.
         """
         size = self.shape[0] * self.shape[1]
-        mine = [o for o in orders if o["turn"] in (None, text["turn"])]
+        mine = due(orders, text["turn"], self.turns)
         frames = []
         for ablation in dict.fromkeys([self.cfg.ablation, "zero", "mean", "resample"]):
-            rows = [{"order": "none", "kind": "none", "heads": 0, "share": 0.0}]
-            sets = [torch.zeros(1, *self.shape, dtype=torch.bool)]
+            rows = [{"order": "none", "kind": "none", "heads": 0, "share": 0.0},
+                    {"order": "all", "kind": "all", "heads": size, "share": 1.0}]  # fmt: skip
+            sets = [torch.tensor([False, True])[:, None, None].expand(2, *self.shape)]
             for order in mine:
-                counts = plan.counts(size, ordered=order["turn"] is None)
+                counts = plan.counts(size, scored=order["turn"] is None)
                 if ablation != self.cfg.ablation:
-                    control = {divergence.count(CONTROL, size): CONTROL}
-                    counts = control if order["kind"] in CONTROLLED else {}
+                    if order["kind"] not in CONTROLLED:
+                        continue
+                    counts = [(divergence.count(CONTROL, size), CONTROL)]
                 about = {key: order[key] for key in ("order", "kind")}
-                rows += [about | {"heads": k, "share": share} for k, share in counts.items()]
-                sets.append(divergence.sets(order["heads"], list(counts), *self.shape))
+                rows += [about | {"heads": k, "share": share} for k, share in counts]
+                sets.append(divergence.sets(order["heads"], [k for k, _ in counts], *self.shape))
             kl = self._kl(text, torch.cat(sets), ablation)
             frames.append(pd.DataFrame(rows).assign(ablation=ablation, kl=kl))
         found = pd.concat(frames, ignore_index=True)
-        return found.assign(**{key: text[key] for key in ("id", "family", "turn")})
+        return found.assign(id=text["id"], family=text["family"])
 
     def _kl(self, text: dict, sets: Tensor, ablation: str) -> list[float]:
         """Mean over the steps, for every set."""

@@ -4,19 +4,21 @@ import itertools
 
 import numpy as np
 import pandas as pd
-from ablation_orders import CONTROL, LAYERS
+from ablation_orders import CONTROL, LAYERS, RANDOM
+from einops import einsum
 from scipy.stats import rankdata
 
 from lens_utils import stats
 from lens_utils.stats import Estimate
 
 DRAWS = 2000
-RANDOM = "random"
+ENDS = ("none", "all")  # no head gone, every head gone: no order's
+PARTS = ("sts", "rtr", "sts_ccs", "rtr_ccs")  # of 005's scores, to be compared with `alone`
 
 
-def kept(points: pd.DataFrame) -> pd.DataFrame:
-    """The points of the run's own ablation, which comes first."""
-    return points[points.ablation == points.ablation.iloc[0]]
+def own(points: pd.DataFrame) -> pd.DataFrame:
+    """The points of the run's own ablation, which comes first, without no head and all heads."""
+    return points[(points.ablation == points.ablation.iloc[0]) & ~points.kind.isin(ENDS)]
 
 
 def curves(points: pd.DataFrame) -> pd.DataFrame:
@@ -25,7 +27,7 @@ def curves(points: pd.DataFrame) -> pd.DataFrame:
     Resampled are texts for a score's order, and orders (means over their texts) for random ones.
     """
     frames = []
-    for kind, rows in kept(points)[lambda t: t.kind != "none"].groupby("kind", sort=False):
+    for kind, rows in own(points).groupby("kind", sort=False):
         unit = "order" if rows.order.nunique() > 1 else "id"
         table = rows.pivot_table(index=unit, columns="share", values="kl")
         mean, low, high = stats.bands(table.to_numpy())
@@ -39,70 +41,77 @@ def curves(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def areas(points: pd.DataFrame, common: list[float], seed: int) -> pd.DataFrame:
-    """Area under each kind's curve over that under the random orders', from 0 to the last common
-    share (trapezoids over these, 0 at 0).
+    """Area under each kind's curve over that under random orders', and under random orders' that
+    keep the layers, from 0 to the last common share (trapezoids over these, 0 at 0).
 
     Intervals: texts and random orders are resampled together. below: share of the random orders
     whose area is below the score's on the same texts.
     """
-    rows = kept(points)
-    area = _areas(rows, common)
+    rows = own(points)
+    at = rows[rows.share.isin(common)].sort_values("share")
+    at = at.groupby(["kind", "order", "id"], sort=False)
+    area = at.kl.agg(lambda kl: np.trapezoid([0.0, *kl], [0.0, *common])).rename("area")
+    by_kind = tables(area.reset_index(), "area")
+    against = [kind for kind in by_kind if kind.startswith(RANDOM)]
+    return pd.DataFrame(
+        {"kind": kind, "against": other, "area": np.nanmean(by_kind[kind])}
+        | ratio(by_kind[kind], by_kind[other], seed)
+        for kind, other in itertools.product(by_kind, against)
+        if kind != other
+    )
+
+
+def ablations(points: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Of every ablation at one share: mean divergence of an order over that of random orders."""
     frames = []
-    for kind, against in itertools.product(area, [RANDOM, *(k for k in area if "layers of" in k)]):
-        if kind != against:
-            found = ratio(area[kind].to_numpy(), area[against].to_numpy(), seed)
-            frames.append(
-                {"kind": kind, "against": against, "area": np.nanmean(area[kind])} | found
-            )
-    return pd.DataFrame(frames)
+    for ablation, rows in points[points.share == CONTROL].groupby("ablation", sort=False):
+        by_kind = tables(rows, "kl")
+        for kind, table in by_kind.items():
+            found = ratio(table, by_kind[RANDOM], seed)
+            nats = {"nats": np.nanmean(table), "random_nats": np.nanmean(by_kind[RANDOM])}
+            frames.append({"ablation": ablation, "kind": kind, "share": CONTROL} | nats | found)
+    found = pd.DataFrame(frames)
+    everywhere = found.groupby("kind").ablation.transform("nunique") == found.ablation.nunique()
+    return found[everywhere & (found.kind != RANDOM)]
 
 
-def _areas(rows: pd.DataFrame, common: list[float]) -> dict[str, pd.DataFrame]:
+def tables(rows: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
     """Of every kind: text by order, NaN where an order was not run on a text."""
-    shares = np.array([0.0, *common])
-    found = {}
-    for kind, those in rows[rows.kind != "none"].groupby("kind", sort=False):
-        at = those[those.share.isin(common)]
-        table = at.pivot_table(index="id", columns=["order", "share"], values="kl", sort=False)
-        names = list(dict.fromkeys(at.order))
-        columns = {}
-        for name in names:
-            values = table[name][common].to_numpy()
-            values = np.concatenate([np.zeros((len(values), 1)), values], axis=1)
-            columns[name] = np.trapezoid(values, shares, axis=1)
-        found[kind] = pd.DataFrame(columns, index=table.index).reindex(rows.id.unique())
-    return found
+    texts = rows.id.unique()
+    return {
+        kind: those.pivot(index="id", columns="order", values=column).reindex(texts).to_numpy()
+        for kind, those in rows.groupby("kind", sort=False)
+    }
 
 
 def ratio(one: np.ndarray, other: np.ndarray, seed: int) -> dict[str, float]:
     """Mean of one over mean of other, both [text, order]; texts and orders are resampled."""
     rng = np.random.default_rng(seed)
-    text = _weights(rng, len(one))
-    value = _mean(one, np.ones((1, len(one))), np.ones((1, one.shape[1])))
-    value = value / _mean(other, np.ones((1, len(one))), np.ones((1, other.shape[1])))
-    drawn = _mean(one, text, _weights(rng, one.shape[1])) / _mean(
-        other, text, _weights(rng, other.shape[1])
-    )
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    value = np.nanmean(one) / np.nanmean(other)
+    texts = _weights(rng, len(one))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold none of the orders
+        drawn = [_mean(x, texts, _weights(rng, x.shape[1])) for x in (one, other)]
+        low, high = np.nanpercentile(drawn[0] / drawn[1], [2.5, 97.5])
     below = np.nan
     if one.shape[1] == 1:
         same = np.where(np.isnan(other), np.nan, one)
-        below = float(np.mean(np.nanmean(other, axis=0) < np.nanmean(same, axis=0)))
-    return {"value": float(value[0]), "low": low, "high": high, "texts": len(one),
-            "orders": other.shape[1], "below": below}  # fmt: skip
+        below = np.mean(np.nanmean(other, axis=0) < np.nanmean(same, axis=0))
+    return {"value": value, "low": min(low, value), "high": max(high, value),
+            "texts": len(one), "orders": other.shape[1], "below": below}  # fmt: skip
 
 
 def _weights(rng: np.random.Generator, n: int) -> np.ndarray:
     """How often each of n is drawn, [draw, n]."""
-    picks = rng.integers(n, size=(DRAWS, n))
-    return np.stack([np.bincount(p, minlength=n) for p in picks]).astype(float)
+    return rng.multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
 
 
 def _mean(table: np.ndarray, text: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Weighted mean over what is there, for every draw."""
-    there = ~np.isnan(table)
-    total = np.einsum("dt,to,do->d", text, np.where(there, table, 0), order)
-    return total / np.einsum("dt,to,do->d", text, there.astype(float), order)
+    total, count = (
+        einsum(text, x, order, "draw text, text order, draw order -> draw")
+        for x in (np.nan_to_num(table), (~np.isnan(table)).astype(float))
+    )
+    return total / count
 
 
 def correlations(heads: pd.DataFrame, scores: list[str], seed: int) -> pd.DataFrame:
@@ -110,45 +119,40 @@ def correlations(heads: pd.DataFrame, scores: list[str], seed: int) -> pd.DataFr
 
     Within layers: ranks less their layer's mean. Intervals resample whole layers.
     """
-    parts = ["sts", "rtr", "sts_ccs", "rtr_ccs", "memory"]
-    names = [*scores, *(p for p in parts if p in heads)]
+    names = dict.fromkeys(["layer", *scores, *(p for p in PARTS if p in heads)])
     layer = heads.layer.to_numpy()
-    groups = [np.flatnonzero(layer == at) for at in np.unique(layer)]
-    rng = np.random.default_rng(seed)
-    draws = [np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-             for _ in range(DRAWS)]  # fmt: skip
-    frames = []
-    for name in ["layer", *names]:
-        one, other = (rankdata(heads[c], nan_policy="omit") for c in (name, "alone"))
-        for within in (False, True):
-            if within:
-                if name == "layer":
-                    continue
-                one, other = (_less_means(x, groups) for x in (one, other))
-            found = [_pearson(one[d], other[d]) for d in draws]
-            low, high = np.nanpercentile(found, [2.5, 97.5])
-            frames.append({"score": name, "within_layers": within, "value": _pearson(one, other),
-                           "low": low, "high": high, "n": len(groups)})  # fmt: skip
-    return pd.DataFrame(frames)
+    drawn = _weights(np.random.default_rng(seed), len(np.unique(layer)))
+    rows = []
+    for name, within in itertools.product(names, (False, True)):
+        if name == "layer" and within:
+            continue
+        pair = heads[[name, "alone"]].rank()
+        if within:
+            pair -= pair.groupby(layer).transform("mean")
+        value = _pearson(pair.to_numpy(), layer, np.ones((1, drawn.shape[1])))[0]
+        low, high = np.nanpercentile(_pearson(pair.to_numpy(), layer, drawn), [2.5, 97.5])
+        rows.append({"score": name, "within_layers": within, "value": value, "low": low,
+                     "high": high, "n": drawn.shape[1]})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
-def _less_means(values: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
-    values = values.copy()
-    for group in groups:
-        values[group] -= np.nanmean(values[group])
-    return values
+def _pearson(pair: np.ndarray, layer: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of two columns, for every draw of layers [draw, layer]; heads without a value are left out.
 
-
-def _pearson(one: np.ndarray, other: np.ndarray) -> float:
-    there = ~np.isnan(one) & ~np.isnan(other)
-    if there.sum() < 3 or np.ptp(one[there]) == 0 or np.ptp(other[there]) == 0:
-        return float("nan")
-    return float(np.corrcoef(one[there], other[there])[0, 1])
+    From each layer's sums, so that a draw is a few products.
+    """
+    frame = pd.DataFrame(pair, columns=["x", "y"]).dropna()
+    frame -= frame.mean()
+    frame = frame.assign(n=1, xx=frame.x**2, yy=frame.y**2, xy=frame.x * frame.y)
+    sums = frame.groupby(layer[frame.index]).sum().reindex(np.unique(layer), fill_value=0)
+    n, x, y, xx, yy, xy = (weights @ sums[["n", "x", "y", "xx", "yy", "xy"]].to_numpy()).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (n * xy - x * y) / np.sqrt((n * xx - x**2) * (n * yy - y**2))
 
 
 def reliability(single: pd.DataFrame) -> Estimate:
     """Spearman's rho of `alone` between halves of the texts: mean and range over all halvings."""
-    table = single.pivot_table(index=["layer", "head"], columns="id", values="kl").to_numpy()
+    table = single.pivot(index=["layer", "head"], columns="id", values="kl").to_numpy()
     n = table.shape[1]
     if n < 2:
         return Estimate(value=float("nan"), low=float("nan"), high=float("nan"), n=0)
@@ -156,21 +160,9 @@ def reliability(single: pd.DataFrame) -> Estimate:
     for half in itertools.combinations(range(n), n // 2):
         rest = [i for i in range(n) if i not in half]
         ranks = (rankdata(table[:, list(part)].mean(1)) for part in (half, rest))
-        found.append(_pearson(*ranks))
-    return Estimate(value=float(np.mean(found)), low=min(found), high=max(found), n=n)
-
-
-def ablations(points: pd.DataFrame, share: float) -> pd.DataFrame:
-    """The orders that were run with every ablation, at the share where all were."""
-    rows = points[(points.share == share) & (points.kind != "none")]
-    by = rows.groupby("kind", sort=False).ablation.nunique()
-    rows = rows[rows.kind.isin(by[by > 1].index)]
-    frames = []
-    for (ablation, kind), those in rows.groupby(["ablation", "kind"], sort=False):
-        unit = "order" if those.order.nunique() > 1 else "id"
-        found = stats.mean_ci(those.groupby(unit).kl.mean().to_numpy())
-        frames.append({"ablation": ablation, "kind": kind, "share": share} | found)
-    return pd.DataFrame(frames)
+        found.append(np.corrcoef(*ranks)[0, 1])
+    return Estimate(value=float(np.mean(found)), low=float(min(found)),
+                    high=float(max(found)), n=n)  # fmt: skip
 
 
 def summarise(
@@ -182,48 +174,42 @@ def summarise(
     heads: pd.DataFrame,
 ) -> dict[str, object]:
     """The few numbers of the findings."""
-    rows = kept(points)
-    n_texts = rows.id.nunique()
+    first, rows = points.ablation.iloc[0], own(points)
+    top = heads.sort_values("alone", ascending=False)
+    every = points[(points.kind == "all") & (points.ablation == first)]
+    tenth = top.alone.head(max(1, len(top) // 10)).sum() / top.alone.sum()
     out: dict[str, object] = {
         "heads": len(heads),
-        "texts, for the orders": n_texts,
-        "texts, for single heads": single.id.nunique(),
         "largest divergence with no head gone (nats)": float(
             points[points.kind == "none"].kl.abs().max()
         ),
-        "ablation": rows.ablation.iloc[0],
+        "divergence with all heads gone (nats)": stats.mean_ci(every.kl.to_numpy()),
+        "divergence without one head, mean over heads (nats)": stats.mean_ci(
+            single.kl.to_numpy(), single.id.to_numpy()
+        ),
+        "head whose loss costs most": f"L{top.layer.iloc[0]}H{top['head'].iloc[0]}",
+        "divergence without it (nats)": float(top.alone.iloc[0]),
+        "share of the sum over heads that a tenth of them holds": float(tenth),
+        "rho of single-head divergences between halves of the texts (range)": reliability(single),
     }
-    out["divergence without one head, mean over heads (nats)"] = stats.mean_ci(
-        single.kl.to_numpy(), single.id.to_numpy()
-    )
-    top = heads.sort_values("alone", ascending=False)
-    first = top.iloc[0]
-    out["head whose loss costs most"] = f"L{int(first['layer'])}H{int(first['head'])}"
-    out["divergence without it (nats)"] = float(first.alone)
-    tenth = top.alone.head(max(1, len(top) // 10)).sum() / top.alone.sum()
-    out["share of the sum over heads that a tenth of them holds"] = float(tenth)
-    out["rho of single-head divergences between halves of the texts (range)"] = reliability(single)
-    for row in alike.itertuples():
+    for row in alike[alike.score.isin([LAYERS, "memory", "layer"])].itertuples():
         where = "within layers" if row.within_layers else "over all heads"
         out[f"rho of {row.score} with single-head divergence, {where}"] = _estimate(row, row.n)
-    at = rows[rows.share == CONTROL]
-    for kind, those in at.groupby("kind", sort=False):
-        unit = "order" if those.order.nunique() > 1 else "id"
-        out[f"divergence, 25 % gone, {kind} (nats)"] = stats.mean_ci(
-            those.groupby(unit).kl.mean().to_numpy()
-        )
-    for row in areas[areas.against == RANDOM].itertuples():
-        out[f"area against random, {row.kind}"] = _estimate(row, row.texts)
-    for row in areas[areas.against.str.contains("layers of")].itertuples():
-        end = "high" if row.against.endswith("high first") else "low"
-        if row.kind == f"{LAYERS}, {end} first":
-            out[f"area against random heads of the same layers, {row.kind}"] = _estimate(
-                row, row.texts
-            )
-            out[f"random orders of the same layers below it, {row.kind}"] = float(row.below)
-    for row in kinds[kinds.ablation != rows.ablation.iloc[0]].itertuples():
-        out[f"divergence, 25 % gone, {row.ablation} ablation, {row.kind} (nats)"] = _estimate(
-            row, row.n
+    for kind in (f"{LAYERS}, high first", f"{LAYERS}, low first", "alone, high first", RANDOM):
+        at = rows[(rows.share == CONTROL) & (rows.kind == kind)]
+        each = at.groupby("order" if kind == RANDOM else "id").kl.mean()
+        out[f"divergence, 25 % gone, {kind} (nats)"] = stats.mean_ci(each.to_numpy())
+    for row in areas[(areas.against == RANDOM) & ~areas.kind.str.startswith(RANDOM)].itertuples():
+        if row.kind.endswith("high first") or row.kind.startswith(LAYERS + ","):
+            out[f"area against random, {row.kind}"] = _estimate(row, row.texts)
+    for row in areas.itertuples():
+        if row.against == f"random, layers of {row.kind}":
+            out[f"area against random heads of its layers, {row.kind}"] = _estimate(row, row.texts)
+    for row in kinds[
+        (kinds.ablation != first) & (kinds.kind == f"{LAYERS}, high first")
+    ].itertuples():
+        out[f"divergence against random, 25 % gone, {row.ablation}, {row.kind}"] = _estimate(
+            row, row.texts
         )
     return out
 

@@ -20,24 +20,25 @@ READS = ("005_head_phiid",)
 @dataclass(frozen=True)
 class Config(BaseConfig):
     scores: str = ""
-    """Columns of 005's scores.csv to order heads by; empty is value_diff, rank_diff and both
-    value_diff_excess and value_diff_ccs (a quick run takes the first two)."""
+    """Columns of 005's scores.csv to order heads by; empty is value_diff, rank_diff,
+    value_diff_excess, value_diff_ccs and memory (a quick run takes the first two)."""
     points: str = ""
-    """Shares of all heads to take away, such as 0.1,0.25, or "every 5" for a point every 5 heads up
-    to 40 %; empty is 0.05,0.1,0.15,0.2,0.25,0.3,0.4 (a quick run takes 0.1,0.25)."""
+    """Shares of all heads to take away in the order of a score, such as 0.1,0.25, or "every 5" for
+    a point every 5 heads up to 40 %; empty is 0.05,0.1,0.25,0.4 (a quick run takes 0.1,0.25)."""
     random_points: str = "0.1,0.25,0.4"
-    """Shares at which random orders are run too; areas are taken over these (a quick run leaves out
-    the last)."""
+    """Shares at which random orders are run too; areas are taken over these. 0.25 is always among
+    them (a quick run takes none above it)."""
     random_orders: int = 24
-    """How many; as many again keep the layers of value_diff's order. Each is run on every third
-    text."""
+    """How many; as many again keep the layers of value_diff's order, half of them from each end.
+    Each is run on every fourth text."""
     ablation: Literal["zero", "mean", "resample"] = "zero"
     """What heads are replaced by; the other two are measured at one share."""
     per_category: int = 0
     """Texts of each category that orders are run on; 0 is two (a quick run: one of two
     categories). Single heads are measured on one more."""
     steps: int = 0
-    """Use only so many tokens of each text; 0 is all (a quick run takes twelve)."""
+    """Use the first so many tokens of each text; 0 is 32 (a quick run takes 12): further on, small
+    models repeat themselves."""
 
 
 def main(cfg: Config, run: Run) -> None:
@@ -45,17 +46,17 @@ def main(cfg: Config, run: Run) -> None:
     import ablation_readings as read
     import ablation_tables as table
 
-    plan = order.Plan(cfg)
     asked = run.upstream("005_head_phiid", "asked.json")
     written = run.upstream("005_head_phiid", "series_own.safetensors")
     scores = run.upstream("005_head_phiid", "scores.csv")
+    plan = order.Plan(cfg, scores)
     # 1. Texts that 005 had the model write: some for single heads, others for the orders.
     texts = run.stage("texts.json", lambda: read.choose(asked, written["tokens"].tolist(), cfg))
-    session = read.Session(cfg, run, texts)
+    session = read.Session(cfg, run, texts, scores)
     # 2. Every head alone, and what 005 says of it.
     alone = [t for t in texts if t["use"] == "single"]
     single = run.chunks("single.csv", alone, 1, session.single)
-    heads = run.stage("heads.csv", lambda: order.heads(scores, single, plan.scores))
+    heads = run.stage("heads.csv", lambda: order.heads(scores, single))
     # 3. Orders, and the divergence as more and more heads go.
     orders = run.stage("orders.json", lambda: plan.orders(heads))
     others = [t for t in texts if t["use"] == "orders"]
@@ -64,7 +65,7 @@ def main(cfg: Config, run: Run) -> None:
     run.stage("curves.csv", lambda: table.curves(points))
     areas = run.stage("areas.csv", lambda: table.areas(points, plan.common, cfg.seed))
     alike = run.stage("correlations.csv", lambda: table.correlations(heads, plan.scores, cfg.seed))
-    kinds = run.stage("ablations.csv", lambda: table.ablations(points, order.CONTROL))
+    kinds = run.stage("ablations.csv", lambda: table.ablations(points, cfg.seed))
     run.stage(
         "summary.json",
         lambda: table.summarise(points, areas, alike, kinds, single, heads),
