@@ -29,15 +29,14 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from lens_utils import phiid_ccs, phiid_discrete, phiid_gaussian
+from lens_utils import fused, phiid_ccs, phiid_discrete, phiid_gaussian
 from lens_utils.errors import BadInput
 from lens_utils.phiid_gaussian import CLOSE, SAME, Windows
-from lens_utils.phiid_lattice import ATOMS, atoms, mmi, swapped
+from lens_utils.phiid_lattice import ATOMS, Information, Redundancy, atoms, mmi, swapped
 
 SHORTEST = 5  # four variables need five samples
 FLAT = 1e-10  # of the level: below it the spread of a series is rounding
-TILE = 2**15 - 1  # pairs at once on a CPU: they stay in its cache, and on one thread
-ROWS = 64  # of a tile, at most: half a square on the diagonal is wasted
+ROWS, COLUMNS = 64, 511  # of pairs at once on a CPU: in its cache, and below what torch divides
 
 Redundant = Literal["mmi", "ccs"]
 Kind = Literal["gaussian", "discrete"]
@@ -63,8 +62,8 @@ class Decomposition:
     lost: int
     """Of these, left out: the same to rounding, or a future that follows exactly."""
     least: float
-    """The smallest share of variance that one head of a pair does not share with the other, among
-    the pairs used; NaN for discrete ones."""
+    """The smallest share of variance that decides a pair, among those used: what one head does not
+    share with the other, or what both pasts leave of the futures. NaN for discrete ones."""
 
     def __getitem__(self, atom: str) -> Float[ndarray, "head head"]:
         return self.atoms[atom]
@@ -129,8 +128,10 @@ def bias_floor(
 
 
 class _Tile(NamedTuple):
-    values: Sequence[Float[Tensor, "left right"]]
-    least: float
+    """A block of pairs of one series: terms of the atoms, as `_terms` has them."""
+
+    terms: Sequence[Float[Tensor, "#left #right"]]
+    least: float = torch.inf
     close: int = 0
     lost: Tensor | None = None
 
@@ -153,26 +154,40 @@ def _decompose(
 ) -> Decomposition:  # fmt: skip
     _check(left, tau, asked)
     names = tuple(dict.fromkeys(n for atom in asked for n in (atom, swapped(atom))))
+    direct = kind == "gaussian" and redundancy == "mmi" and set(names) <= {"sts", "rtr"}
     one, fit_one = _windows(left, tau, pooling, kind)
     two, fit_two = (one, fit_one) if same else _windows(right, tau, pooling, kind)
     n_series, n_heads = fit_one.shape
     total = left.new_zeros(len(names), n_heads, n_heads)
-    missing = left.new_zeros(n_heads, n_heads)
-    close, least = 0, torch.inf
-    for s in range(n_series):
-        i, j = fit_one[s].nonzero().squeeze(1), fit_two[s].nonzero().squeeze(1)
-        whole = len(i) == len(j) == n_heads  # slices are quicker than lists
-        first, second = (Windows(*(z[s, h] for z in w)) for w, h in ((one, i), (two, j)))
-        for rows, columns in _tiles(len(i), len(j), same, left.device.type):
-            here = Windows(*(z[rows] for z in first)), Windows(*(z[columns] for z in second))
-            tile = _tile(*here, same, redundancy, kind, names)
-            place = (rows, columns) if whole else (i[rows, None], j[None, columns])
-            for matrix, values in zip(total, tile.values, strict=True):
-                matrix[place] += values
-            least, close = min(least, tile.least), close + tile.close
+    used = fit_one.double().T @ fit_two.double()
+    lost, close, least = 0, 0, torch.inf
+    for rows, columns in _tiles(n_heads, same, left.device.type):
+        diagonal = same and rows.start == columns.start
+        sums: list[Tensor] = []
+        for s in range(n_series):
+            here = Windows(*(z[s, rows] for z in one)), Windows(*(z[s, columns] for z in two))
+            tile = _tile(*here, diagonal, redundancy, kind, direct)
+            terms = tile.terms
+            left_out = ~(fit_one[s, rows, None] & fit_two[s, None, columns])
             if tile.lost is not None:
-                missing[place] += tile.lost
-    used = fit_one.double().T @ fit_two.double() - missing
+                used[rows, columns] -= tile.lost.double()
+                lost += int(tile.lost.sum())
+                left_out |= tile.lost
+            if left_out.any():
+                terms = [term.masked_fill(left_out, 0) for term in terms]
+            if sums:
+                for held, term in zip(sums, terms, strict=True):
+                    held += term
+            else:
+                shape = left_out.shape
+                sums = [term.expand(shape).clone() for term in terms]
+            least, close = min(least, tile.least), close + tile.close
+        if direct:
+            sts_rtr = dict(zip(("sts", "rtr"), sums, strict=True))
+            total[:, rows, columns] = torch.stack([sts_rtr[name] for name in names])
+        else:
+            i, r = Information(*sums[:9]), Redundancy(*sums[9:])
+            total[:, rows, columns] = atoms(i, r, names)
     if same:  # the tiles cover the upper triangle
         total, used = total.triu(1), used.triu(1)
     used = (used + used.T).fill_diagonal_(0)
@@ -189,7 +204,7 @@ def _decompose(
         series=n_series,
         unit="nats" if kind == "gaussian" else "bits",
         close=close,
-        lost=int(missing.sum()),
+        lost=lost,
         least=least if kind == "gaussian" else torch.nan,
     )
 
@@ -210,7 +225,10 @@ def _windows(series: Tensor, tau: int, pooling: Pooling, kind: Kind) -> tuple[Wi
     past, future = units
     if kind == "gaussian":
         fit.append(1 - (past * future).sum(-1) ** 2 > SAME)
-    return Windows(past, future), torch.stack(fit).all(0)
+    whole = torch.stack(fit).all(0)
+    for window in units:
+        window.masked_fill_(~whole[..., None], 0)  # tells nothing, and breaks nothing
+    return Windows(past, future), whole
 
 
 def _centred(series: Tensor) -> Tensor:
@@ -218,32 +236,38 @@ def _centred(series: Tensor) -> Tensor:
     return centred - centred.mean(-1, keepdim=True)  # of what rounding at a high level left
 
 
-def _tiles(left: int, right: int, same: bool, device: str) -> Iterator[tuple[slice, slice]]:
+def _tiles(heads: int, same: bool, device: str) -> Iterator[tuple[slice, slice]]:
     """Blocks of all pairs, or of those on and above the diagonal; one block on an accelerator."""
-    step = min(ROWS, max(1, TILE // max(right, 1))) if device == "cpu" else max(left, 1)
-    for start in range(0, left, step):
-        yield slice(start, min(start + step, left)), slice(start if same else 0, right)
+    high, wide = (ROWS, COLUMNS) if device == "cpu" else (heads, heads)
+    for row in range(0, heads, high):
+        for column in range(row if same else 0, heads, wide):
+            yield slice(row, min(row + high, heads)), slice(column, min(column + wide, heads))
 
 
 def _tile(
-    left: Windows, right: Windows, same: bool, redundancy: Redundant, kind: Kind,
-    names: Sequence[str],
-) -> _Tile:  # fmt: skip
-    """The named atoms of every head on the left with every head on the right."""
+    left: Windows, right: Windows, same: bool, redundancy: Redundant, kind: Kind, direct: bool
+) -> _Tile:
+    """Every head on the left with every head on the right; `same` where the diagonal begins."""
     if kind == "discrete":
-        return _Tile(atoms(*phiid_discrete.tables(left, right, redundancy), names), torch.inf)
-    m = phiid_gaussian.moments(left, right, same)
-    close, lost = 0, None
-    if not phiid_gaussian.margin(m).min().item() >= CLOSE:
-        m, near, lost = phiid_gaussian.mended(m, left, right)
-        close = int((near.triu(1) if same else near).sum())
-    if redundancy == "mmi" and set(names) <= {"sts", "rtr"}:
-        found = dict(zip(("sts", "rtr"), phiid_gaussian.sts_and_rtr(m), strict=True))
-        values = [found[name] for name in names]
+        i, r = phiid_discrete.tables(left, right, redundancy)
+        return _Tile((*i, *r))
+    c = phiid_gaussian.correlations(left, right, same)
+    m, close, lost = None, None, None
+    if fused.fits(left.past):
+        shares, margin = phiid_gaussian.shares_at_once(c)
     else:
-        i = phiid_gaussian.information(m)
-        r = mmi(i) if redundancy == "mmi" else phiid_ccs.ccs(m, left, right, same)
-        values = atoms(i, r, names)
-    if lost is not None:
-        values = [value.masked_fill(lost, 0) for value in values]
-    return _Tile(values, torch.minimum(m.v, m.w).min().item(), close, lost)
+        m = phiid_gaussian.moments(*c)
+        shares, margin = phiid_gaussian.shares(m), phiid_gaussian.margin(m)
+    if same:  # the other half of the square is not used
+        margin.masked_fill_(torch.ones_like(margin, dtype=torch.bool).tril(), 1)
+    if not margin.min().item() >= CLOSE:
+        close = ~(margin >= CLOSE)
+        m = phiid_gaussian.moments(*c) if m is None else m
+        m, margin, lost = phiid_gaussian.mended(m, margin, left, right)
+        shares = phiid_gaussian.shares(m)
+    least, near = margin.min().item(), 0 if close is None else int(close.sum())
+    if direct:
+        return _Tile(phiid_gaussian.sts_and_rtr(shares), least, near, lost)
+    i = phiid_gaussian.information(shares)
+    r = mmi(i) if redundancy == "mmi" else phiid_ccs.ccs(c, left, right, same, m, close)
+    return _Tile((*i, *r), least, near, lost)

@@ -3,8 +3,8 @@
 For Gaussian series every mutual information is -1/2 ln of a share of variance that is left over:
 I(x, y; a) = -1/2 ln(variance of a that x and y do not explain). No determinant is taken:
 
-1. Ten correlations per pair, six of them matrix products over all pairs at once.
-2. y is freed of x (h, by its part along x) and b of a (k). In the bases x, h and a, k every
+1. Six correlations per pair, four of them matrix products over all pairs at once.
+2. y is freed of x (h, what x leaves of it) and b of a (k). In the bases x, h and a, k every
    unexplained share is one minus squares: a_xy = 1 - r(x,a)^2 - r(h,a)^2.
 3. `left` of all four follows from regressing k on x, h and what they left of a.
 
@@ -12,14 +12,20 @@ Step 2 divides by v = 1 - r(x,y)^2 and w = 1 - r(a,b)^2, so rounding grows as 1 
 plain determinants lose 1 / (v w). Pairs below `CLOSE` are taken again from the series themselves
 (`from_series`, Gram-Schmidt twice), where it grows as 1 / sqrt. Below `SAME` what tells two series
 apart is the rounding of float32 activations, and nothing can be said of them.
+
+`moments` is written for tensors and numbers alike (`fused`): on a CPU, what minimum mutual
+information needs of a pair comes from one compiled loop, elsewhere from array operations.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lens_utils import fused
 from lens_utils.phiid_lattice import Information
 
 CLOSE = 1e-8
@@ -33,10 +39,36 @@ class Windows(NamedTuple):
     future: Float[Tensor, "head sample"]
 
 
-class Moments(NamedTuple):
-    """What is known of each pair: correlations, then shares of variance left unexplained.
+class Correlations(NamedTuple):
+    """Of every head on the left with every head on the right; xa and yb are a head's own."""
 
-    h is y freed of x, k is b freed of a, both of norm 1. Shapes broadcast to one value per pair.
+    xy: Float[Tensor, "left right"]
+    ab: Float[Tensor, "left right"]
+    xa: Float[Tensor, "left 1"]
+    xb: Float[Tensor, "left right"]
+    ya: Float[Tensor, "left right"]
+    yb: Float[Tensor, "1 right"]
+
+
+class Shares(NamedTuple):
+    """Variance left unexplained: a_xy is that of the future a, given the pasts x and y."""
+
+    a_x: Float[Tensor, "*#pair"]
+    b_x: Float[Tensor, "*#pair"]
+    a_y: Float[Tensor, "*#pair"]
+    b_y: Float[Tensor, "*#pair"]
+    a_xy: Float[Tensor, "*#pair"]
+    b_xy: Float[Tensor, "*#pair"]
+    x_ab: Float[Tensor, "*#pair"]
+    y_ab: Float[Tensor, "*#pair"]
+    left: Float[Tensor, "*#pair"]
+    """Of the generalised variance of a and b given x and y: det / (v w)."""
+
+
+class Moments(NamedTuple):
+    """What is known of each pair: covariances, then shares of variance left unexplained.
+
+    h is what x leaves of y, k is what a leaves of b. Shapes broadcast to one value per pair.
     """
 
     xy: Float[Tensor, "*#pair"]
@@ -51,9 +83,9 @@ class Moments(NamedTuple):
     yk: Float[Tensor, "*#pair"]
     hk: Float[Tensor, "*#pair"]
     v: Float[Tensor, "*#pair"]
-    """Of y given x."""
+    """Variance of h, the share of y that x does not explain."""
     w: Float[Tensor, "*#pair"]
-    """Of b given a."""
+    """Variance of k, the share of b that a does not explain."""
     a_x: Float[Tensor, "*#pair"]
     b_x: Float[Tensor, "*#pair"]
     a_y: Float[Tensor, "*#pair"]
@@ -63,11 +95,10 @@ class Moments(NamedTuple):
     x_ab: Float[Tensor, "*#pair"]
     y_ab: Float[Tensor, "*#pair"]
     left: Float[Tensor, "*#pair"]
-    """Of the generalised variance of a and b given x and y: det / (v w)."""
 
 
-def moments(left: Windows, right: Windows, same: bool) -> Moments:
-    """Of every head on the left with every head on the right: shape [left, right].
+def correlations(left: Windows, right: Windows, same: bool) -> Correlations:
+    """Of every head on the left with every head on the right.
 
     With `same` the first head on the right is the first on the left, and so on. A head with
     itself is given as a pair of unrelated series, which leaves it finite; it means nothing.
@@ -79,27 +110,60 @@ def moments(left: Windows, right: Windows, same: bool) -> Moments:
             matrix.fill_diagonal_(0)
     xa = (left.past * left.future).sum(1)[:, None]
     yb = (right.past * right.future).sum(1)[None]
+    return Correlations(xy, ab, xa, xb, ya, yb)
+
+
+def moments(xy, ab, xa, xb, ya, yb) -> Moments:
+    """What the six correlations of a pair say of it; of numbers and of tensors."""
     v, w = 1 - xy * xy, 1 - ab * ab
-    root_v, root_w = v.rsqrt(), w.rsqrt()
-    # addcmul is one pass over memory where a product and a sum are two.
-    ha = torch.addcmul(ya, xy, xa, value=-1).mul_(root_v)
-    hb = torch.addcmul(yb, xy, xb, value=-1).mul_(root_v)
-    xk = torch.addcmul(xb, ab, xa, value=-1).mul_(root_w)
-    yk = torch.addcmul(yb, ab, ya, value=-1).mul_(root_w)
-    hk = torch.addcmul(hb, ab, ha, value=-1).mul_(root_w)
-    a_x, b_y, b_x, a_y = 1 - xa * xa, 1 - yb * yb, 1 - xb * xb, 1 - ya * ya
-    a_xy = torch.addcmul(a_x, ha, ha, value=-1)
-    x_ab = torch.addcmul(a_x, xk, xk, value=-1)
-    # k regressed on x, h and what they leave of a (with which k shares `more`, up to scale).
-    k_xy = (1 - xk * xk).addcmul_(hk, hk, value=-1)
-    more = (xa * xk).addcmul_(ha, hk)
+    ha, hb = ya - xy * xa, yb - xy * xb
+    xk, yk = xb - ab * xa, yb - ab * ya
+    hk = hb - ab * ha
+    a_x, b_x, a_y, b_y = 1 - xa * xa, 1 - xb * xb, 1 - ya * ya, 1 - yb * yb
+    a_xy, x_ab = a_x - ha * ha / v, a_x - xk * xk / w
+    # k regressed on x, h and what they leave of a (with which k shares `more`).
+    more = xa * xk + ha * hk / v
+    left = a_xy * (1 - (xk * xk + hk * hk / v) / w) - more * more / w
+    b_xy, y_ab = b_x - hb * hb / v, a_y - yk * yk / w
     return Moments(
-        xy=xy, ab=ab, xa=xa, xb=xb, ya=ya, yb=yb, ha=ha, hb=hb, xk=xk, yk=yk, hk=hk, v=v, w=w,
-        a_x=a_x, b_x=b_x, a_y=a_y, b_y=b_y, a_xy=a_xy, x_ab=x_ab,
-        b_xy=torch.addcmul(b_x, hb, hb, value=-1),
-        y_ab=torch.addcmul(a_y, yk, yk, value=-1),
-        left=k_xy.mul_(a_xy).addcmul_(more, more, value=-1),
+        xy, ab, xa, xb, ya, yb, ha, hb, xk, yk, hk, v, w, a_x, b_x, a_y, b_y, a_xy, b_xy, x_ab,
+        y_ab, left,
     )  # fmt: skip
+
+
+def shares(m: Moments) -> Shares:
+    """Those of the moments."""
+    return Shares(*(getattr(m, name) for name in Shares._fields))
+
+
+@functools.cache
+def compiled() -> Callable:
+    """`moments` of all pairs as machine code; keeps the shares that vary by pair, and `margin`."""
+    fused.inlined(moments, margin)
+
+    def total(xy, ab, xa, xb, ya, yb, out):
+        for i in range(xy.shape[0]):
+            for j in range(xy.shape[1]):
+                m = moments(xy[i, j], ab[i, j], xa[i, 0], xb[i, j], ya[i, j], yb[0, j])
+                out[0, i, j] = m.b_x
+                out[1, i, j] = m.a_y
+                out[2, i, j] = m.a_xy
+                out[3, i, j] = m.b_xy
+                out[4, i, j] = m.x_ab
+                out[5, i, j] = m.y_ab
+                out[6, i, j] = m.left
+                out[7, i, j] = margin(m)
+
+    return fused.loop(total)
+
+
+def shares_at_once(c: Correlations) -> tuple[Shares, Float[Tensor, "left right"]]:
+    """The shares of all pairs and their `margin`, by the compiled loop."""
+    out = c.xy.new_empty(8, *c.xy.shape)
+    compiled()(*(z.numpy() for z in c), out.numpy())
+    b_x, a_y, a_xy, b_xy, x_ab, y_ab, left, least = out
+    found = Shares(1 - c.xa**2, b_x, a_y, 1 - c.yb**2, a_xy, b_xy, x_ab, y_ab, left)
+    return found, least
 
 
 def from_series(
@@ -114,11 +178,11 @@ def from_series(
         return (one * other).sum(1, keepdim=True)
 
     def rest(target: Tensor, *basis: Tensor) -> tuple[Tensor, Tensor]:
-        """What an orthonormal basis leaves of a series: its variance, and itself at norm 1."""
-        for unit in basis * 2:  # the second round removes what rounding left of the first
+        """What an orthogonal basis leaves of a series: its variance, and itself."""
+        units = [b * product(b, b).clamp(min=1e-300).rsqrt() for b in basis]
+        for unit in units * 2:  # the second round removes what rounding left of the first
             target = target - product(target, unit) * unit
-        variance = product(target, target)
-        return variance, target * variance.clamp(min=1e-300).rsqrt()
+        return product(target, target), target
 
     (v, h), (w, k) = rest(y, x), rest(b, a)
     a_xy, free = rest(a, x, h)
@@ -127,51 +191,55 @@ def from_series(
         yb=product(y, b), ha=product(h, a), hb=product(h, b), xk=product(x, k), yk=product(y, k),
         hk=product(h, k), v=v, w=w, a_x=rest(a, x)[0], b_x=rest(b, x)[0], a_y=rest(a, y)[0],
         b_y=rest(b, y)[0], a_xy=a_xy, b_xy=rest(b, x, h)[0], x_ab=rest(x, a, k)[0],
-        y_ab=rest(y, a, k)[0], left=a_xy * rest(k, x, h, free)[0],
+        y_ab=rest(y, a, k)[0], left=a_xy * rest(k, x, h, free)[0] / w,
     )  # fmt: skip
     return Moments(*(value.squeeze(1) for value in found))
 
 
-def margin(m: Moments) -> Float[Tensor, "*pair"]:
-    """The smallest share that rounding has to leave intact; NaN where nothing is left of it."""
+def margin(m):
+    """The smallest share that rounding has to leave intact; NaN where nothing is left of it.
+
+    Of numbers and of tensors.
+    """
     return torch.minimum(torch.minimum(m.v, m.w), m.left)
 
 
 def mended(
-    m: Moments, left: Windows, right: Windows
-) -> tuple[Moments, Bool[Tensor, "row column"], Bool[Tensor, "row column"]]:
-    """Moments with the close pairs taken from their series; which were close, which are lost.
+    m: Moments, least: Float[Tensor, "left right"], left: Windows, right: Windows
+) -> tuple[Moments, Float[Tensor, "left right"], Bool[Tensor, "left right"]]:
+    """Moments and margins with the close pairs taken from their series; which pairs are lost.
 
     Lost pairs (equal series, or a future that follows exactly) get the moments of noise.
     """
-    close = ~(margin(m) >= CLOSE)
+    close = ~(least >= CLOSE)
     rows, columns = close.nonzero(as_tuple=True)
     lost = torch.zeros_like(close)
     fields = [field.expand(close.shape).clone() for field in m]
+    least = least.clone()
     for part in torch.arange(len(rows), device=rows.device).split(4096):
         i, j = rows[part], columns[part]
         better = from_series(left.past[i], right.past[j], left.future[i], right.future[j])
         gone = ~(margin(better) >= SAME)
         lost[i, j] = gone
+        least[i, j] = margin(better).masked_fill(gone, 1)
         for name, field, value in zip(Moments._fields, fields, better, strict=True):
-            noise = float(len(name) != 2)  # names of two letters are correlations
+            noise = float(len(name) != 2)  # names of two letters are covariances
             field[i, j] = torch.where(gone, noise, value)
-    return Moments(*fields), close, lost
+    return Moments(*fields), least, lost
 
 
-def information(m: Moments) -> Information:
+def information(s: Shares) -> Information:
     """All nine mutual informations, in nats."""
-    shares = (m.a_x, m.b_x, m.a_y, m.b_y, m.a_xy, m.b_xy, m.x_ab, m.y_ab, m.left)
-    return Information(*(share.log().mul_(-0.5) for share in shares))
+    return Information(*(share.log().mul_(-0.5) for share in s))
 
 
-def sts_and_rtr(m: Moments) -> tuple[Float[Tensor, "*pair"], Float[Tensor, "*pair"]]:
+def sts_and_rtr(s: Shares) -> tuple[Float[Tensor, "*pair"], Float[Tensor, "*pair"]]:
     """These two under minimum mutual information, in nats, with two logarithms instead of nine.
 
     Minima of informations are maxima of shares, and a sum of logarithms is that of a product.
     """
-    of_a, of_b = torch.maximum(m.a_x, m.a_y), torch.maximum(m.b_x, m.b_y)
+    of_a, of_b = torch.maximum(s.a_x, s.a_y), torch.maximum(s.b_x, s.b_y)
     most = torch.maximum(of_a, of_b)
-    over = torch.minimum(m.a_xy, m.b_xy).mul_(torch.minimum(m.x_ab, m.y_ab)).mul_(of_a).mul_(of_b)
-    under = torch.minimum(m.a_x, m.b_x).mul_(torch.minimum(m.a_y, m.b_y)).mul_(most).mul_(m.left)
+    over = torch.minimum(s.a_xy, s.b_xy).mul_(torch.minimum(s.x_ab, s.y_ab)).mul_(of_a).mul_(of_b)
+    under = torch.minimum(s.a_x, s.b_x).mul_(torch.minimum(s.a_y, s.b_y)).mul_(most).mul_(s.left)
     return over.div_(under).log_().mul_(0.5), most.log_().mul_(-0.5)

@@ -22,7 +22,8 @@ NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("*.ipynb"))
 LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
-     "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete"},
+     "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
+     "fused", "graphs"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
