@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import test_divergence as plain
+import torch
 from scipy.stats import spearmanr
 
 from lens_utils import provenance
@@ -113,6 +115,61 @@ def test_texts_for_single_heads_are_none_of_the_orders(modules):
         ("a0", "single"), ("a1", "orders"), ("b1", "orders"),
     ]  # fmt: skip
     assert quick[0]["ids"] == [0, 7, 100]
+
+
+def test_a_session_measures_what_it_says(modules, tiny):
+    """Against a plain model, one forward for each set, in zeros and in means."""
+    model = plain.loaded(tiny, "llama")
+    cfg = SimpleNamespace(**CFG | {"points": "0.5", "random_points": "0.25", "random_orders": 4})
+    place = {"layer": np.repeat(np.arange(3), 4), "head": np.tile(np.arange(4), 3)}
+    scored = pd.DataFrame(place | {"value_diff": np.arange(12.0)})
+    read, order = modules.readings, modules.orders
+    made = order.Plan(cfg, scored)
+    ids = [plain.IDS.tolist(), *(o.tolist() for o in plain.OTHERS)]
+    texts = [
+        {"id": f"t{n}", "family": f"f{n}", "steps": plain.STEPS, "ids": row, "turn": n - 1,
+         "use": "orders" if n else "single"} for n, row in enumerate(ids)
+    ]  # fmt: skip
+    run = SimpleNamespace(model=lambda: model)
+    session = read.Session(cfg, run, texts, scored)
+    hf = tiny("llama")
+
+    single = session.single(texts[:1])
+    assert list(zip(single.layer, single["head"], strict=True)) == list(np.ndindex(3, 4))
+    for row in single.itertuples():
+        gone = torch.zeros(3, 4, dtype=torch.bool)
+        gone[row.layer, row.head] = True
+        assert row.kl == pytest.approx(float(plain.kl(hf, gone).mean()), rel=1e-3, abs=1e-6)
+    with pytest.raises(BadInput, match="another model"):
+        read.Session(cfg, run, texts, scored[:8]).single(texts[:1])
+
+    orders = made.orders(order.heads(scored, single))
+    text = texts[0] | {"turn": 0}
+    found = session.along(text, orders, made)
+    assert (found.id == "t0").all()
+    zero = found[found.ablation == "zero"].set_index(["order", "heads"]).kl
+    assert abs(zero["none", 0]) < 1e-6
+    everything = torch.ones(3, 4, dtype=torch.bool)
+    assert zero["all", 12] == pytest.approx(float(plain.kl(hf, everything).mean()), rel=1e-3)
+    for name, k, first in (("value_diff, high first", 6, range(6, 12)),
+                           ("value_diff, low first", 3, range(3))):  # fmt: skip
+        gone = torch.zeros(12, dtype=torch.bool)
+        gone[list(first)] = True
+        expected = float(plain.kl(hf, gone.view(3, 4)).mean())
+        assert zero[name, k] == pytest.approx(expected, rel=1e-3)
+    assert {name for name, k in zero.index if k == 3} >= {"random 0", "random 2"}
+    assert ("random 1", 3) not in zero.index, "the other text's"
+    assert ("random 0", 6) not in zero.index, "random orders at the common points only"
+
+    mean = found[found.ablation == "mean"].set_index(["order", "heads"]).kl
+    assert set(found[found.ablation == "mean"].kind) == {"none", "all", *order.CONTROLLED}
+    assert abs(mean["none", 0]) < 1e-6
+    pool = torch.cat([plain.heads_of(hf, o)[:, -plain.STEPS :] for o in plain.OTHERS], dim=1)
+    values = pool.mean(1, keepdim=True).expand(-1, len(plain.IDS), -1, -1)
+    gone = torch.zeros(12, dtype=torch.bool)
+    gone[9:] = True
+    expected = float(plain.kl(hf, gone.view(3, 4), values).mean())
+    assert mean["value_diff, high first", 3] == pytest.approx(expected, rel=1e-3)
 
 
 def test_bad_settings_are_one_line(modules):
