@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import digamma
 
-from lens_utils import fused, phiid, phiid_ccs, phiid_gaussian
+from lens_utils import phiid, phiid_ccs, phiid_gaussian
 from lens_utils.errors import BadInput
 from lens_utils.phiid_lattice import ATOMS, Information, Redundancy, atoms, mmi, swapped
 
@@ -22,7 +22,7 @@ LOOSE = {"near_collinear_1e-2", "float32_input"}
 def engine(request, monkeypatch):
     """Both ways to run the formulas: as on an accelerator, as on a CPU."""
     if request.param == "arrays":
-        monkeypatch.setattr(fused, "fits", lambda tensor: False)
+        monkeypatch.setattr("lens_utils.fused.fits", lambda tensor: False)
 
 
 def coupled(prompts=3, heads=6, steps=60, seed=0) -> torch.Tensor:
@@ -279,15 +279,17 @@ def test_atoms_sum_to_all_the_information():
     assert of_pair(shared).sum() == pytest.approx(total, abs=1e-12)
 
 
-def test_blocks_make_no_difference(monkeypatch):
+@pytest.mark.parametrize("redundancy", ["mmi", "ccs"])
+def test_blocks_make_no_difference(monkeypatch, redundancy, engine):
     series = coupled(2, heads=11)
-    whole = phiid.decompose(series), phiid.surrogate(series)
-    monkeypatch.setattr(phiid, "ROWS", 3)
-    monkeypatch.setattr(phiid, "COLUMNS", 4)
-    monkeypatch.setattr(phiid_ccs, "CELLS", 200)
-    for one, other in zip(whole, (phiid.decompose(series), phiid.surrogate(series)), strict=True):
+    whole = [f(series, redundancy=redundancy) for f in (phiid.decompose, phiid.surrogate)]
+    for name, size in (("phiid.ROWS", 3), ("phiid.COLUMNS", 4), ("phiid_ccs.CELLS", 200)):
+        monkeypatch.setattr(f"lens_utils.{name}", size)
+    parts = [f(series, redundancy=redundancy) for f in (phiid.decompose, phiid.surrogate)]
+    for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one["sts"], other["sts"], atol=1e-14)
         np.testing.assert_allclose(one["rtr"], other["rtr"], atol=1e-14)
+        assert (one.used == other.used).all()
 
 
 # The null
