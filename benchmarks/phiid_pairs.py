@@ -3,16 +3,16 @@
 Series as long as those of experiment 005 (60 prompts x 100 steps, here coupled noise), CPU seconds
 of one thread, best of the repeats:
     sts + rtr, 16 atoms     by minimum mutual information
-    ccs                     common change in surprisal; in one compiled loop where numba is there
+    ccs                     common change in surprisal
     phyid                   the loop it replaces, where that package is there: time per pair and
                             prompt, and the largest difference from ours
 Claims: sts + rtr of 270 heads in 0.25 s (>= 150,000 pairs/s) and of 1,152 heads in 5 s and 200 MiB
-above the series; 16 atoms of 270 heads in 0.5 s; ccs of 270 heads in 3 s (with numba).
+above the series; 16 atoms of 270 heads in 0.5 s; ccs of 270 heads in 3 s.
 The matrix products that no exact method can go without are timed too: they say how fast the
 machine was.
 
     .venv/bin/python benchmarks/phiid_pairs.py
-    PYTHONPATH=<folder with phyid, numba> .venv/bin/python benchmarks/phiid_pairs.py
+    PYTHONPATH=<folder with phyid> .venv/bin/python benchmarks/phiid_pairs.py
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lens_utils import phiid, phiid_ccs
+from lens_utils import phiid
 from lens_utils.phiid_lattice import ATOMS
 
 PROMPTS, STEPS = 60, 100
@@ -61,8 +61,8 @@ def line(name: str, took: float, heads: int, claim: str) -> None:
     print(f"{name:32} {took:8.3f} s {rate:12,.0f} pairs/s   claim: {claim}", flush=True)
 
 
-def library(z: torch.Tensor, ours: np.ndarray, pairs: int = 40) -> None:
-    """Its loop on some pairs of the first prompt, and how far ours is from it."""
+def library(z: torch.Tensor, ours: list[np.ndarray], pairs: int = 40) -> float:
+    """Its loop on some pairs of the first prompt: seconds for all, and how far ours is from it."""
     from phyid.calculate import calc_PhiID
 
     chosen = [(i, j) for i in range(z.shape[1]) for j in range(i)][:: z.shape[1] ** 2 // 2 // pairs]
@@ -81,11 +81,14 @@ def library(z: torch.Tensor, ours: np.ndarray, pairs: int = 40) -> None:
     whole = each * PROMPTS * heads * (heads - 1) / 2
     print(f"phyid: {each * 1e3:.2f} ms per pair and prompt, {whole:,.0f} s for {heads} heads; "
           f"largest difference {off:.0e}")  # fmt: skip
+    return whole
 
 
 def main() -> None:
     torch.set_num_threads(1)
     many, few = series(1152), series(270)
+    asked = {"sts + rtr": {}, "16 atoms": {"asked": ATOMS}, "ccs": {"redundancy": "ccs"}}
+    first = {k: seconds(lambda o=o: phiid.decompose(few[:1], **o), 1) for k, o in asked.items()}
     phiid.decompose(few)
     before = peak()
     took = seconds(lambda: phiid.decompose(many), 2)
@@ -99,18 +102,16 @@ def main() -> None:
     print(f"four full matrix products {bare:15.3f} s, {flops / bare / 1e9:.0f} GFLOP/s")
     line("16 atoms, 270 heads", seconds(lambda: phiid.decompose(few, asked=ATOMS)), 270, "<= 0.5 s")
     line("surrogates, 270 heads", seconds(lambda: phiid.surrogate(few), 3), 270, "none")
-    compiled = phiid_ccs.compiled() is not None
-    first = seconds(lambda: phiid.decompose(few[:1, :3], redundancy="ccs"), 1)
-    part = few if compiled else few[:3]
-    took = seconds(lambda: phiid.decompose(part, redundancy="ccs"), 3) * len(few) / len(part)
-    name = "compiled" if compiled else "arrays"
-    line(f"ccs, 270 heads, {name}", took, 270, "<= 3 s compiled")
-    print(
-        f"first use of ccs: {first:.1f} s; 1,152 heads from this: {took * (1152 / 270) ** 2:.0f} s"
-    )
+    ccs = seconds(lambda: phiid.decompose(few, redundancy="ccs"), 3)
+    line("ccs, 270 heads", ccs, 270, "<= 3 s")
+    print(f"1,152 heads from this: {ccs * (1152 / 270) ** 2:.0f} s")
+    print("first use, compiled: " + ", ".join(f"{k} {v:.1f} s" for k, v in first.items()))
     if importlib.util.find_spec("phyid"):
         one = phiid.decompose(few[:1])
-        library(few, [one["sts"], one["rtr"]])
+        each = library(few, [one["sts"], one["rtr"]])
+        print(
+            f"phyid takes {each / quick:,.0f} times as long as sts + rtr, {each / ccs:,.0f} as ccs"
+        )
     else:
         print("phyid is not installed: no comparison with it")
 

@@ -34,8 +34,8 @@ def inlined(*functions: Callable) -> None:
 
 
 def loop(function: Callable) -> Callable:
-    """The function compiled: sums may be taken in any order, and x / 0 is infinite."""
-    fast = {"reassoc", "contract", "nsz"}
+    """The function compiled: sums in any order, x / y as x times 1 / y, and 1 / 0 infinite."""
+    fast = {"reassoc", "contract", "nsz", "arcp"}
     return numba.njit(fastmath=fast, error_model="numpy")(inspect.unwrap(function))
 
 

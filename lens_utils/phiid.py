@@ -158,29 +158,28 @@ def _decompose(
     one, fit_one = _windows(left, tau, pooling, kind)
     two, fit_two = (one, fit_one) if same else _windows(right, tau, pooling, kind)
     n_series, n_heads = fit_one.shape
+    whole = (fit_one.all(1) & fit_two.all(1)).tolist()
     total = left.new_zeros(len(names), n_heads, n_heads)
     used = fit_one.double().T @ fit_two.double()
     lost, close, least = 0, 0, torch.inf
     for rows, columns in _tiles(n_heads, same, left.device.type):
         diagonal = same and rows.start == columns.start
-        sums: list[Tensor] = []
+        sums = left.new_zeros(2 if direct else 16, *used[rows, columns].shape)
         for s in range(n_series):
             here = Windows(*(z[s, rows] for z in one)), Windows(*(z[s, columns] for z in two))
             tile = _tile(*here, diagonal, redundancy, kind, direct)
             terms = tile.terms
-            left_out = ~(fit_one[s, rows, None] & fit_two[s, None, columns])
+            left_out = tile.lost
             if tile.lost is not None:
                 used[rows, columns] -= tile.lost.double()
                 lost += int(tile.lost.sum())
-                left_out |= tile.lost
-            if left_out.any():
+            if not whole[s]:
+                unfit = ~(fit_one[s, rows, None] & fit_two[s, None, columns])
+                left_out = unfit if left_out is None else unfit | left_out
+            if left_out is not None:
                 terms = [term.masked_fill(left_out, 0) for term in terms]
-            if sums:
-                for held, term in zip(sums, terms, strict=True):
-                    held += term
-            else:
-                shape = left_out.shape
-                sums = [term.expand(shape).clone() for term in terms]
+            for held, term in zip(sums, terms, strict=True):
+                held += term
             least, close = min(least, tile.least), close + tile.close
         if direct:
             sts_rtr = dict(zip(("sts", "rtr"), sums, strict=True))
@@ -251,23 +250,24 @@ def _tile(
     if kind == "discrete":
         i, r = phiid_discrete.tables(left, right, redundancy)
         return _Tile((*i, *r))
-    c = phiid_gaussian.correlations(left, right, same)
-    m, close, lost = None, None, None
+    c = phiid_gaussian.correlations(left, right)
+    found, m, close, lost = None, None, None, None
     if fused.fits(left.past):
-        shares, margin = phiid_gaussian.shares_at_once(c)
+        found, margin = phiid_gaussian.at_once(c, direct)
     else:
         m = phiid_gaussian.moments(*c)
-        shares, margin = phiid_gaussian.shares(m), phiid_gaussian.margin(m)
+        margin = phiid_gaussian.margin(m)
     if same:  # the other half of the square is not used
         margin.masked_fill_(torch.ones_like(margin, dtype=torch.bool).tril(), 1)
     if not margin.min().item() >= CLOSE:
         close = ~(margin >= CLOSE)
         m = phiid_gaussian.moments(*c) if m is None else m
         m, margin, lost = phiid_gaussian.mended(m, margin, left, right)
-        shares = phiid_gaussian.shares(m)
+    if m is not None:
+        found = phiid_gaussian.weighed(m) if direct else phiid_gaussian.shares(m)
     least, near = margin.min().item(), 0 if close is None else int(close.sum())
     if direct:
-        return _Tile(phiid_gaussian.sts_and_rtr(shares), least, near, lost)
-    i = phiid_gaussian.information(shares)
+        return _Tile(phiid_gaussian.sts_and_rtr(*found), least, near, lost)
+    i = phiid_gaussian.information(found)
     r = mmi(i) if redundancy == "mmi" else phiid_ccs.ccs(c, left, right, same, m, close)
     return _Tile((*i, *r), least, near, lost)

@@ -164,7 +164,8 @@ def compiled() -> Callable:
                     s4 += v[4]
                     s5 += v[5]
                     s6 += v[6]
-                found[:, i, j] = s0, s1, s2, s3, s4, s5, s6
+                found[0, i, j], found[1, i, j], found[2, i, j] = s0, s1, s2
+                found[3, i, j], found[4, i, j], found[5, i, j], found[6, i, j] = s3, s4, s5, s6
 
     return fused.loop(total)
 

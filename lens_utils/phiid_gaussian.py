@@ -97,20 +97,19 @@ class Moments(NamedTuple):
     left: Float[Tensor, "*#pair"]
 
 
-def correlations(left: Windows, right: Windows, same: bool) -> Correlations:
+def correlations(left: Windows, right: Windows) -> Correlations:
     """Of every head on the left with every head on the right.
 
-    With `same` the first head on the right is the first on the left, and so on. A head with
-    itself is given as a pair of unrelated series, which leaves it finite; it means nothing.
+    A head with itself has no moments: what follows from its correlations is NaN or infinite.
     """
-    xy, ab = left.past @ right.past.T, left.future @ right.future.T
-    xb, ya = left.past @ right.future.T, left.future @ right.past.T
-    if same:
-        for matrix in (xy, ab, xb, ya):
-            matrix.fill_diagonal_(0)
-    xa = (left.past * left.future).sum(1)[:, None]
-    yb = (right.past * right.future).sum(1)[None]
-    return Correlations(xy, ab, xa, xb, ya, yb)
+    return Correlations(
+        xy=left.past @ right.past.T,
+        ab=left.future @ right.future.T,
+        xa=(left.past * left.future).sum(1)[:, None],
+        xb=left.past @ right.future.T,
+        ya=left.future @ right.past.T,
+        yb=(right.past * right.future).sum(1)[None],
+    )
 
 
 def moments(xy, ab, xa, xb, ya, yb) -> Moments:
@@ -137,33 +136,44 @@ def shares(m: Moments) -> Shares:
 
 
 @functools.cache
-def compiled() -> Callable:
-    """`moments` of all pairs as machine code; keeps the shares that vary by pair, and `margin`."""
-    fused.inlined(moments, margin)
+def compiled(direct: bool) -> Callable:
+    """`moments` of all pairs as machine code. It keeps `margin` and the shares that vary by pair,
+    or (direct) the two that `sts_and_rtr` needs."""
+    fused.inlined(moments, margin, weighed)
 
-    def total(xy, ab, xa, xb, ya, yb, out):
+    def two(xy, ab, xa, xb, ya, yb, least, out):
         for i in range(xy.shape[0]):
             for j in range(xy.shape[1]):
                 m = moments(xy[i, j], ab[i, j], xa[i, 0], xb[i, j], ya[i, j], yb[0, j])
-                out[0, i, j] = m.b_x
-                out[1, i, j] = m.a_y
-                out[2, i, j] = m.a_xy
-                out[3, i, j] = m.b_xy
-                out[4, i, j] = m.x_ab
-                out[5, i, j] = m.y_ab
-                out[6, i, j] = m.left
-                out[7, i, j] = margin(m)
+                least[i, j] = margin(m)
+                out[0, i, j], out[1, i, j] = weighed(m)
 
-    return fused.loop(total)
+    def seven(xy, ab, xa, xb, ya, yb, least, out):
+        for i in range(xy.shape[0]):
+            for j in range(xy.shape[1]):
+                m = moments(xy[i, j], ab[i, j], xa[i, 0], xb[i, j], ya[i, j], yb[0, j])
+                least[i, j] = margin(m)
+                out[0, i, j], out[1, i, j], out[2, i, j] = m.b_x, m.a_y, m.left
+                out[3, i, j], out[4, i, j], out[5, i, j], out[6, i, j] = (
+                    m.a_xy,
+                    m.b_xy,
+                    m.x_ab,
+                    m.y_ab,
+                )
+
+    return fused.loop(two if direct else seven)
 
 
-def shares_at_once(c: Correlations) -> tuple[Shares, Float[Tensor, "left right"]]:
-    """The shares of all pairs and their `margin`, by the compiled loop."""
-    out = c.xy.new_empty(8, *c.xy.shape)
-    compiled()(*(z.numpy() for z in c), out.numpy())
-    b_x, a_y, a_xy, b_xy, x_ab, y_ab, left, least = out
-    found = Shares(1 - c.xa**2, b_x, a_y, 1 - c.yb**2, a_xy, b_xy, x_ab, y_ab, left)
-    return found, least
+def at_once(
+    c: Correlations, direct: bool
+) -> tuple[Shares | tuple[Tensor, Tensor], Float[Tensor, "left right"]]:
+    """The shares of all pairs, or (direct) those `weighed`, and `margin`, by the compiled loop."""
+    least, out = torch.empty_like(c.xy), c.xy.new_empty(2 if direct else 7, *c.xy.shape)
+    compiled(direct)(*(z.numpy() for z in (*c, least, out)))
+    if direct:
+        return (out[0], out[1]), least
+    b_x, a_y, left, a_xy, b_xy, x_ab, y_ab = out
+    return Shares(1 - c.xa**2, b_x, a_y, 1 - c.yb**2, a_xy, b_xy, x_ab, y_ab, left), least
 
 
 def from_series(
@@ -233,13 +243,20 @@ def information(s: Shares) -> Information:
     return Information(*(share.log().mul_(-0.5) for share in s))
 
 
-def sts_and_rtr(s: Shares) -> tuple[Float[Tensor, "*pair"], Float[Tensor, "*pair"]]:
-    """These two under minimum mutual information, in nats, with two logarithms instead of nine.
+def weighed(s):
+    """Two shares that hold sts and rtr under minimum mutual information; of numbers and tensors.
 
     Minima of informations are maxima of shares, and a sum of logarithms is that of a product.
     """
     of_a, of_b = torch.maximum(s.a_x, s.a_y), torch.maximum(s.b_x, s.b_y)
     most = torch.maximum(of_a, of_b)
-    over = torch.minimum(s.a_xy, s.b_xy).mul_(torch.minimum(s.x_ab, s.y_ab)).mul_(of_a).mul_(of_b)
-    under = torch.minimum(s.a_x, s.b_x).mul_(torch.minimum(s.a_y, s.b_y)).mul_(most).mul_(s.left)
-    return over.div_(under).log_().mul_(0.5), most.log_().mul_(-0.5)
+    over = torch.minimum(s.a_xy, s.b_xy) * torch.minimum(s.x_ab, s.y_ab) * of_a * of_b
+    under = torch.minimum(s.a_x, s.b_x) * torch.minimum(s.a_y, s.b_y) * most * s.left
+    return over / under, most
+
+
+def sts_and_rtr(
+    ratio: Float[Tensor, "*pair"], most: Float[Tensor, "*pair"]
+) -> tuple[Float[Tensor, "*pair"], Float[Tensor, "*pair"]]:
+    """These two atoms in nats from what is `weighed`, with two logarithms instead of nine."""
+    return ratio.log().mul_(0.5), most.log().mul_(-0.5)

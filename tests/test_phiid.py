@@ -198,7 +198,7 @@ def test_moments_from_series_are_those_from_correlations():
     series = coupled(1)
     both, _ = phiid._windows(series, 1, "mean", "gaussian")
     heads = phiid_gaussian.Windows(both.past[0], both.future[0])
-    quick = phiid_gaussian.moments(*phiid_gaussian.correlations(heads, heads, True))
+    quick = phiid_gaussian.moments(*phiid_gaussian.correlations(heads, heads))
     i, j = torch.triu_indices(6, 6, 1)
     slow = phiid_gaussian.from_series(
         heads.past[i], heads.past[j], heads.future[i], heads.future[j]
