@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
+from torch import Tensor
 
 from lens_utils import profiles
 from lens_utils.stats import Estimate
@@ -200,13 +201,13 @@ def agreement(measured: Measured, layer: np.ndarray) -> pd.DataFrame:
 
 
 def by_checkpoint(
-    found: dict[str, np.ndarray], names: Sequence[str], layer: np.ndarray, resamples: int, seed: int
+    found: dict[str, Tensor], names: Sequence[str], layer: np.ndarray, resamples: int, seed: int
 ) -> pd.DataFrame:
     """Profiles (value_diff, mmi) of every training checkpoint, of its own text and of the run's."""
     at, frames = np.unique(layer), []
     for i, name in enumerate(names):
         for how in ("written", "replayed"):
-            atoms = Atoms(found[f"sts_{how}"][i], found[f"rtr_{how}"][i])
+            atoms = Atoms(*(found[f"{atom}_{how}"][i].numpy() for atom in ("sts", "rtr")))
             weights = profiles.resamples(len(atoms.sts), resamples, seed)
             value, drawn = shares(atoms, "value_diff"), shares(atoms, "value_diff", weights)
             place = {"checkpoint": name, "order": i, "text": how, "n": len(atoms.sts)}
