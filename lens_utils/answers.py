@@ -3,14 +3,13 @@ r"""Is a worked answer right? For mathematics, where one number is written in ma
 1. `cut` ends a text where the next problem begins: a base model goes on and sets itself another.
 2. `last_boxed` takes what stands in the last whole \boxed{...}; nothing, if it never closes.
 3. `judge` compares it with the gold answer, and says who judged: the same text after `plain`, or
-   the same number; else math-verify, where it is installed (an optional extra, pip install
-   math-verify==0.9.*), which knows surds, intervals, sets and polynomials.
+   the same number; else math-verify, which knows surds, intervals, sets and polynomials.
 
-`plain` and `number` are exact for integers, decimals and fractions. They call nothing equal that is
-not, and miss equal answers that need algebra.
+`plain` and `number` go first because they are exact and strict: where both answers are numbers,
+nothing else is asked (0.333 is not 1/3, and 50 % is not 0.5). math-verify is lenient: it does not
+see the base in 10_8, takes 1,2 for (1,2) and a set for a tuple, and lists in any order.
 """
 
-import importlib.util
 import logging
 import re
 import threading
@@ -27,7 +26,7 @@ class Verdict(NamedTuple):
 
     right: bool
     judge: str
-    """no answer, text, number, math-verify; or none, when nobody could tell them equal."""
+    """no answer, text, number or math-verify."""
 
 
 def cut(text: str, stops: tuple[str, ...] = NEXT_PROBLEM) -> str:
@@ -70,6 +69,7 @@ def plain(answer: str) -> str:
         (r"\\[dt]frac", r"\\frac"),
         (r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}", r" \1"),
         (r"\^\s*\{?\\circ\}?|\\%|%", ""),
+        (r"\\varnothing", r"\\emptyset"),
         (rf"\s+{UNITS}(?:\^\{{?\d\}}?)?\s*$", ""),  # 5 cm, but not the product 5m
         (r"\s+", ""),
         (r"\{,\}", ","),
@@ -107,13 +107,11 @@ def judge(gold: str, given: str | None) -> Verdict:
     one, other = number(gold), number(given)
     if one is not None and other is not None:
         return Verdict(one == other, "number")
-    if importlib.util.find_spec("math_verify"):
-        return Verdict(_verify(gold, given), "math-verify")
-    return Verdict(False, "none")
+    return Verdict(_verify(gold, given), "math-verify")
 
 
 def _verify(gold: str, given: str) -> bool:
-    from math_verify import parse, verify
+    from math_verify import parse, verify  # brings SymPy: seconds, and not everyone judges
 
     # It times itself with a signal, which only the main thread has; and it warns without a limit.
     limit = 5 if threading.current_thread() is threading.main_thread() else None

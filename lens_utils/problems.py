@@ -8,6 +8,7 @@ file, or a .json or .jsonl of your own, and works offline.
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,16 +80,21 @@ def problem(row: dict[str, Any], name: str) -> Problem:
 def load(name: str) -> list[Problem]:
     """A benchmark that `fetch` brought here, or the problems of a .json or .jsonl file.
 
-    Raises BadInput when it is not there, or is no such file.
+    Raises BadInput when it is not there, is no such file, or has no or two problems of one id.
     """
     path = place(name)
     try:
-        rows = _rows(path)
-        return [problem(row, f"{path.stem}-{n}") for n, row in enumerate(rows)]
+        found = [problem(row, f"{path.stem}-{n}") for n, row in enumerate(_rows(path))]
+    except BadInput:
+        raise
     except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{name} is no list of problems: {error}") from None
+    if not found:
+        raise BadInput(f"{name} holds no problems")
+    double, times = Counter(p.id for p in found).most_common(1)[0]
+    if times > 1:
+        raise BadInput(f"{name}: {times} problems have the id {double!r}")
+    return found
 
 
 def place(name: str) -> Path:
@@ -128,9 +134,6 @@ def _from_hub(source: Source) -> Iterator[dict[str, Any]]:
     for config in source.configs:
         try:
             yield from load_dataset(source.hub_id, config, split="test")
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ConnectionError and DatasetNotFoundError are OSErrors
+        except (OSError, ValueError) as error:  # offline is a ConnectionError, an OSError
             reason = str(error).partition("\n")[0]
             raise Failure(f"the hub did not give {source.hub_id}: {reason}") from None

@@ -1,49 +1,25 @@
 """Experiment 008: exact answers in one pass, who gets noise, and what its tables say."""
 
 import dataclasses
-import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ARCHS
+from noise_runs import SOURCE, SPEC, made_up, measure, plan, settings, table
+from scipy.stats import t as student
 
-from lens_utils import generate, prompts, provenance
-from lens_utils.__main__ import load
+from lens_utils import generate, prompts
 from lens_utils.corpus import Doc
-from lens_utils.errors import BadInput, Unfinished
-from lens_utils.experiment import Run, execute
+from lens_utils.errors import BadInput
 from lens_utils.models import wrap
 from lens_utils.prompts import Prompt
-from lens_utils.registry import ModelSpec
-
-SOURCE = provenance.EXPERIMENTS / "008_math_perturbation" / "run.py"
-RUN = load(SOURCE.parent)
-
-import noise_benchmark as bench  # noqa: E402  (`load` makes it importable)
-import noise_plan as plan  # noqa: E402
-import noise_scores as measure  # noqa: E402
-import noise_tables as table  # noqa: E402
 
 RECORDS = prompts.load(str(SOURCE))
-SPEC = ModelSpec("tiny", "tiny")
 SHOTS = (1, 9, 4, 33, 17, 5)  # longer than the sliding windows
 QUESTIONS = ((58, 21, 9), (7, 8, 40, 3), (50, 3), (60, 12, 6, 2, 11))
-
-
-def settings(**changed) -> SimpleNamespace:
-    return SimpleNamespace(**vars(RUN.Config(**changed)))
-
-
-def made_up(n_layers: int = 3, n_heads: int = 4) -> pd.DataFrame:
-    """A table as 005 writes it; the score rises with the layer."""
-    at = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    scores = pd.DataFrame(at, columns=["layer", "head"])
-    rng = np.random.default_rng(0)
-    return scores.assign(value_diff=scores.layer + 0.5 * rng.random(len(at)), balance=0.5)
 
 
 # One pass scores an answer
@@ -77,7 +53,7 @@ def test_exact_in_one_pass_is_exact_by_greedy_decoding(arch, tiny):
 
 def test_items_are_scored_as_the_real_model_writes_them(smol):
     """Few-shot line by line: what greedy decoding writes up to the line break is the answer."""
-    asked = measure.items(smol, RECORDS, 3)
+    asked = measure.items(smol, RECORDS, 4)
     answers = {r.id: r.answer + "\n" for r in RECORDS}
     found = measure.score(smol, asked).set_index("item").right
     rows = [item.ids[: item.start] for item in asked]
@@ -112,7 +88,15 @@ def test_loss_on_text_is_the_models_own(tiny, tokenizer):
 def test_an_answer_that_merges_with_its_text_is_refused(tiny, tokenizer):
     model = wrap(tiny("llama"), tokenizer, SPEC)
     with pytest.raises(BadInput, match="merges"):
-        measure.items(model, [Prompt("x", "the c", "at", set="items", family="f")], None)
+        measure.items(model, [Prompt("x", "the c", "at", set="items", family="f")], 1)
+
+
+def test_items_are_spread_over_their_family(tiny, tokenizer):
+    """Families are sorted by what they ask for; the first few would be all of one kind."""
+    model = wrap(tiny("llama"), tokenizer, SPEC)
+    records = [Prompt(f"i{n}", f"the w{n}", " cat", set="items", family="f") for n in range(9)]
+    for most, expected in ((3, [0, 3, 6]), (4, [0, 2, 4, 6]), (9, range(9)), (99, range(9))):
+        assert [i.id for i in measure.items(model, records, most)] == [f"i{n}" for n in expected]
 
 
 def test_every_family_has_examples_that_are_not_asked():
@@ -153,12 +137,11 @@ def test_cores_that_cannot_be(changed, says):
 
 
 def test_every_arm_has_its_draws_at_every_sigma():
-    cfg, scores = settings(), made_up(6, 8)
+    cfg, scores = settings(draws=10, sweep_draws=3), made_up(6, 8)
     found = plan.conditions(cfg, scores, 0.5)
     times = Counter((c.arm, c.sigma) for c in found)
-    assert times == {("baseline", 0.0): 2} | {
-        (arm, s): 10 if s == 0.5 else 5 for arm in plan.ARMS for s in cfg.sigmas
-    }
+    others = {(arm, s): 3 for arm in plan.SWEPT for s in cfg.sigmas if s != 0.5}
+    assert times == {("baseline", 0.0): 2} | {(arm, 0.5): 10 for arm in plan.ARMS} | others
     assert found[0].arm == found[-1].arm == "baseline"
     assert {len(c.heads) for c in found if c.sigma} == {12}
     sets = {}  # a draw's heads are the same at every sigma
@@ -196,143 +179,8 @@ def test_noise_levels_that_cannot_be(changed, says):
         plan.sigmas(settings(**changed))
     with pytest.raises(BadInput, match="at least 2"):
         plan.conditions(settings(draws=1), made_up(), 0.5)
-
-
-# The run
-
-
-WORDS = [
-    Prompt(f"{set}-{family}-{n}", text, answer, set=set, family=family)
-    for family, set, lines in (
-        ("animals", "shots", [("the cat", " ran"), ("a dog", " sat")]),
-        ("animals", "items", [("the dog", " ran"), ("a cat", " sat"), ("the red dog", " ran")]),
-        ("things", "shots", [("the hat", " is red")]),
-        ("things", "items", [("the mat", " is big"), ("a hat", " is red")]),
-        ("worked", "worked", [("w1 w2", " w3")]),
-    )
-    for n, (text, answer) in enumerate(lines)
-]
-
-
-@pytest.fixture
-def lab(saved, tmp_path, monkeypatch):
-    """lab(*flags): run experiment 008 on a tiny model, with made-up scores; its Run."""
-    folder = saved("qwen3")
-    monkeypatch.setenv("LAB_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setattr(Run, "upstream", lambda self, experiment, name: made_up())
-    monkeypatch.setattr(
-        RUN.prompts, "load", lambda _, set=None: [p for p in WORDS if set in (None, p.set)]
-    )
-    docs = [Doc("x.py:0", "the cat sat on w3 w4 " * 8), Doc("x.py:1", "ran to it w5 w6 " * 10)]
-    monkeypatch.setattr(measure.Session, "docs", property(lambda self: docs), raising=True)
-
-    def run(*flags):
-        args = ["--model", str(folder), "--device", "cpu", "--quick", *map(str, flags)]
-        return execute(RUN.Config, RUN.main, SOURCE, args)
-
-    return run
-
-
-def read(run, name: str):
-    from lens_utils.experiment import Results
-
-    return Results(run.folder).read(name)
-
-
-def test_a_run_is_whole_and_the_weights_come_back(lab):
-    run = lab()
-    measured = read(run, "measured.parquet")
-    passes = measured.groupby(["arm", "sigma", "draw"], sort=False)
-    assert len(passes) == 2 + 2 * 5 * 2 and set(passes.size()) == {7}
-    base = measured[measured.arm == "baseline"]
-    first, last = (base[base.draw == n].reset_index(drop=True) for n in (0, 1))
-    pd.testing.assert_series_equal(first.logp, last.logp)
-    changed = measured[(measured.sigma == 1) & (measured.draw == 0)]
-    assert all((some.logp.to_numpy() != first.logp.to_numpy()).any()
-               for _, some in changed.groupby("arm"))  # fmt: skip
-    summary = read(run, "summary.json")
-    assert (
-        summary[
-            "spread of the log-probability over the first and the last pass, both without noise"
-        ]
-        == 0
-    )
-    assert summary["heads with noise"] == "3 of 12"
-    sigma = read(run, "sigma.json")["sigma"]
-    assert sigma in plan.QUICK_SIGMAS
-    heads = read(run, "heads.csv")
-    assert Counter(heads.arm) == {arm: 3 if arm in plan.CORES else 6 for arm in plan.ARMS}
-    assert heads[heads.arm == "synergistic"].in_synergistic.all()
-
-
-def test_a_score_table_of_another_model_is_refused(lab, monkeypatch):
-    monkeypatch.setattr(Run, "upstream", lambda self, experiment, name: made_up(3, 5))
-    with pytest.raises(BadInput, match="15 heads.*12"):
-        lab()
-
-
-def test_shards_make_the_same_table(lab):
-    whole = read(lab("--tag", "whole"), "measured.parquet")
-    with pytest.raises(Unfinished):
-        lab("--shard", "0/2")
-    again = read(lab("--shard", "1/2"), "measured.parquet")
-    pd.testing.assert_frame_equal(whole, again)
-
-
-@pytest.fixture
-def benchmark(tmp_path):
-    path = tmp_path / "own.jsonl"
-    rows = [{"problem": f"w{n} w{n + 1}", "answer": str(n), "level": n} for n in range(5)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
-def test_a_killed_benchmark_goes_on_where_it_was(lab, benchmark, monkeypatch):
-    """Each problem of each condition is worked on once, a part of a batch at a time."""
-    asked = Counter()
-    real = bench.attempt
-
-    def attempt(cfg, model, part, worked):
-        if sum(asked.values()) >= 12 and not killed:
-            killed.append(1)
-            raise KeyboardInterrupt
-        asked.update((c.arm, c.draw, p.id) for c, p in part)
-        return real(cfg, model, part, worked)
-
-    killed = []
-    monkeypatch.setattr(bench, "attempt", attempt)
-    flags = ("--benchmark", benchmark, "--batch", 3, "--max-new-tokens", 4)
-    with pytest.raises(KeyboardInterrupt):
-        lab(*flags)
-    assert sum(asked.values()) == 12
-    run = lab(*flags)
-    solved = read(run, "solutions.parquet")
-    assert len(solved) == len(asked) == 4 * (1 + 2 * 5) and set(asked.values()) == {1}
-    assert solved.tokens.between(1, 4).all() and not solved.right.any()
-    assert "accuracy on the benchmark, synergistic" in read(run, "summary.json")
-
-
-def test_a_solution_is_graded_by_its_last_box(tiny, make_tokenizer, monkeypatch):
-    chat = wrap(tiny("llama"), make_tokenizer(chat=True), SPEC)
-    base = wrap(tiny("llama"), make_tokenizer(), SPEC)
-    texts = [r"so \boxed{1}, no \boxed{\frac{2}{4}}", r"\boxed{3}" + "\n\nProblem: x \\boxed{0.5}"]
-    until = []
-
-    def write(model, rows, max_new_tokens, until_=None, **more):
-        until.append(more["until"])
-        return [[SimpleNamespace(text=t)] for t in texts]
-
-    monkeypatch.setattr(bench.generate, "answers", write)
-    problems = [bench.Problem(str(n), "w1", "1/2", "", "", None) for n in range(2)]
-    work = [(plan.Condition("random", 0.5, 1, ((0, 1),)), problem) for problem in problems]
-    for model in (chat, base):
-        found = bench.attempt(settings(), model, work, WORDS[-1:])
-        assert found.right.tolist() == [1, 0] and found.judge.tolist() == ["number", "number"]
-        assert found.given.tolist() == [r"\frac{2}{4}", "3"]
-    assert until == ["", "\nProblem:"]
-    assert chat.decode(bench.put(chat, problems[0], [])).count("w1") == 1
-    text = base.decode(bench.put(base, problems[0], WORDS[-1:]))
-    assert text.index("w3") < text.rindex("w1")
+    with pytest.raises(BadInput, match="at least 1"):
+        plan.conditions(settings(sweep_draws=0), made_up(), 0.5)
 
 
 # The tables
@@ -362,8 +210,6 @@ def test_contrasts_pair_items_and_weigh_draws():
     assert row.p_items == pytest.approx(2 / 2**8)
     # Three draws 0.2 apart have a standard deviation of 0.2; one more has 0.2 sqrt(4/3).
     t = 1 / (0.2 * np.sqrt(4 / 3))
-    from scipy.stats import t as student
-
     assert row.p_draws == pytest.approx(2 * student.sf(t, 2)) and row.share_below == 0
     matched = plan.MATCHED["synergistic"]
     row = found.loc[("synergistic", matched, "a", "log-probability")]

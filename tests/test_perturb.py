@@ -99,10 +99,11 @@ def test_the_weights_come_back_bit_for_bit(arch, raises, tiny):
 def test_a_kill_amid_the_edits_brings_them_back_too(tiny, monkeypatch):
     model = wrap(tiny("llama"), None, SPEC)
     before = {name: value.clone() for name, value in model.bridge.state_dict().items()}
-    left = iter([torch.ones(32, 8), torch.ones(8, 32)])  # the third draw raises
-    monkeypatch.setattr("lens_utils.perturb._noise", lambda *_: next(left))
-    with pytest.raises(StopIteration), noisy_heads(model, HEADS, 0.3):
+    left = [torch.ones(8, 32), torch.ones(32, 8)]  # the third draw raises
+    monkeypatch.setattr("lens_utils.perturb._noise", lambda *_: left.pop())
+    with pytest.raises(IndexError), noisy_heads(model, HEADS, 0.3):
         pass
+    assert not left
     after = model.bridge.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -141,8 +142,8 @@ def test_sigma_is_in_units_of_the_weights(tiny):
     for relative_to, of in (("parameter", slice(None)), ("head", 2)):
         noise = change(model, HEADS, sigma=0.5, relative_to=relative_to)
         for found, weight in zip(noise, (attn.W_Q, attn.W_O), strict=True):
-            expected = 0.5 * weight[of].std()
-            assert found.std() == pytest.approx(expected, rel=0.15)  # 256 numbers
+            expected = 0.5 * weight[of].std().item()
+            assert found.std().item() == pytest.approx(expected, rel=0.15)  # 256 numbers
             assert abs(found.mean()) < 0.25 * expected
 
 

@@ -9,8 +9,9 @@ from lens_utils.errors import BadInput
 
 CORES = ("synergistic", "redundant")
 MATCHED = {core: f"random, layers as {core}" for core in CORES}
-ARMS = (*CORES, "random", *MATCHED.values())
-PILOT = 1_000_000  # draws from here on are the pilot's own
+SWEPT = (*CORES, "random")  # at every sigma; the rest at the one of the findings
+ARMS = (*SWEPT, *MATCHED.values())
+PILOT = 1_000_000  # a draw of the pilot's own
 QUICK_SIGMAS = (0.5, 1.0)
 
 Heads = tuple[tuple[int, int], ...]
@@ -90,26 +91,27 @@ def sigmas(cfg) -> tuple[float, ...]:
 
 
 def pilot(cfg, scores: pd.DataFrame) -> list[Condition]:
-    """The baseline, and two draws of random noise at every sigma."""
-    draws = range(PILOT, PILOT + (1 if cfg.quick else 2))
+    """The baseline, and random noise at every sigma in a draw that is used for nothing else."""
     return [Condition("baseline", 0.0, 0, ())] + [
-        Condition("random", sigma, draw, heads_of(cfg, scores, "random", draw))
+        Condition("random", sigma, PILOT, heads_of(cfg, scores, "random", PILOT))
         for sigma in sigmas(cfg)
-        for draw in draws
     ]
 
 
 def conditions(cfg, scores: pd.DataFrame, sigma: float) -> list[Condition]:
-    """All of them, between two baselines: the second shows that the weights came back."""
-    draws = 2 if cfg.quick else cfg.draws
-    more = 0 if cfg.quick else cfg.more_draws
-    if draws < 2:
-        raise BadInput(f"--draws {cfg.draws}: at least 2, one draw says nothing of their spread")
+    """All of them, between two baselines: the second shows that the weights came back.
+
+    Every arm at `sigma`; at the other noise levels, in fewer draws, the cores and random heads.
+    """
+    draws, sweep = (2, 1) if cfg.quick else (cfg.draws, cfg.sweep_draws)
+    if draws < 2 or sweep < 1:
+        raise BadInput(f"--draws {draws} --sweep-draws {sweep}: at least 2 (one says nothing of "
+                       "their spread) and at least 1")  # fmt: skip
     noisy = [
         Condition(arm, s, draw, heads_of(cfg, scores, arm, draw))
         for s in sigmas(cfg)
-        for arm in ARMS
-        for draw in range(draws + (more if s == sigma else 0))
+        for arm in (ARMS if s == sigma else SWEPT)
+        for draw in range(draws if s == sigma else sweep)
     ]
     ends = [Condition("baseline", 0.0, n, ()) for n in (0, 1)]
     return [ends[0], *noisy, ends[1]]

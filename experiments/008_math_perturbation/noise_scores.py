@@ -24,7 +24,7 @@ from lens_utils.prompts import Prompt
 
 QUICK = {"items": 8, "documents": 2}
 ROWS = 48  # items read together
-WINDOW = 48  # tokens of a document
+WINDOW = 32  # tokens of a document
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Item:
     """Where the answer begins."""
 
 
-def items(model: LoadedModel, records: Sequence[Prompt], most: int | None) -> list[Item]:
-    """The items behind the solved examples of their family, at most so many of each.
+def items(model: LoadedModel, records: Sequence[Prompt], most: int) -> list[Item]:
+    """The items behind the solved examples of their family, so many of each, evenly spread.
 
     Raises BadInput where an answer's tokens merge with those before it.
     """
@@ -48,7 +48,9 @@ def items(model: LoadedModel, records: Sequence[Prompt], most: int | None) -> li
     for family in dict.fromkeys(r.family for r in records if r.set == "items"):
         of_family = [r for r in records if r.family == family]
         shots = "".join(f"{r.text}{r.answer}\n" for r in of_family if r.set == "shots")
-        for r in [r for r in of_family if r.set == "items"][:most]:
+        every = [r for r in of_family if r.set == "items"]
+        n = min(most, len(every))
+        for r in (every[i * len(every) // n] for i in range(n)):
             ids = model.encode(shots + r.text)
             whole = model.encode(f"{shots}{r.text}{r.answer}\n")
             if whole[: len(ids)] != ids:
@@ -76,7 +78,7 @@ def score(model: LoadedModel, asked: Sequence[Item]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def answer_logits(model: LoadedModel, some: Sequence[Item]) -> list[Tensor]:
+def answer_logits(model: LoadedModel, some: Sequence[Item]) -> Sequence[Tensor]:
     """Per item what the model expects at each token of its answer: [answer token, d_vocab]."""
     columns = zip(*(item.ids for item in some), strict=False)
     alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -87,17 +89,20 @@ def answer_logits(model: LoadedModel, some: Sequence[Item]) -> list[Tensor]:
         shared, use_cache=True, logits_to_keep=1, return_type="logits_and_cache"
     )
     cache.batch_repeat_interleave(len(some))
-    ids, _ = model.batch([item.ids[n:] for item in some])  # causal: padding behind changes nothing
+    ids, _ = model.batch([item.ids[n:-1] for item in some])  # causal: padding behind does nothing
     position = torch.arange(n, n + ids.shape[1], device=ids.device).expand(len(ids), -1)
-    kept = n + ids.shape[1] - min(item.start for item in some) + 1
-    logits = model.bridge(
-        ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=kept
-    ).float()
-    first = n + ids.shape[1] - kept  # position of the first of these logits
-    return [
-        row[item.start - 1 - first : len(item.ids) - 1 - first]
-        for row, item in zip(logits, some, strict=True)
-    ]
+    places = [(row, at - 1 - n) for row, item in enumerate(some)
+              for at in range(item.start, len(item.ids))]  # fmt: skip
+    rows, columns = zip(*places, strict=True)
+    logits = model.bridge.run_with_hooks(
+        ids,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        # Only these places are read out: the vocabulary is most of a small model.
+        fwd_hooks=[("unembed.hook_in", lambda stream, hook: stream[rows, columns][None])],
+    )
+    return logits[0].float().split([len(item.ids) - item.start for item in some])
 
 
 @torch.no_grad()
@@ -118,8 +123,13 @@ class Session:
 
     @cached_property
     def items(self) -> list[Item]:
-        most = self.cfg.per_family or (QUICK["items"] if self.cfg.quick else None)
-        return items(self.run.model(), self.records, most)
+        most, asked = self.cfg.per_family, self.records
+        if most < 1:
+            raise BadInput(f"--per-family {most}: at least 1")
+        if self.cfg.quick:  # reading the examples of a family costs most of a small run
+            every = [*dict.fromkeys(r.family for r in asked if r.set == "items")]
+            most, asked = QUICK["items"], [r for r in asked if r.family in every[::2]]
+        return items(self.run.model(), asked, most)
 
     def of_this_model(self, scores: pd.DataFrame) -> pd.DataFrame:
         """The scores, one for each head of the model. Raises BadInput for another model's."""

@@ -8,10 +8,11 @@ against the spread of random sets.
 
 import numpy as np
 import pandas as pd
-from noise_plan import ARMS, MATCHED
+from noise_plan import ARMS, CORES, MATCHED, SWEPT
 from scipy import stats as scipy_stats
 
 from lens_utils import stats
+from lens_utils.errors import BadInput
 
 ALL = "all tasks"
 MEASURES = {"right": "accuracy", "logp": "log-probability"}
@@ -24,20 +25,21 @@ PAIRS = (
 
 
 def pick_sigma(cfg, pilot: pd.DataFrame) -> dict[str, float | str]:
-    """The sigma of the findings: the setting, or where random noise leaves nearest half."""
-    tasks = pilot[pilot.family != "text"]
-    accuracy = tasks.groupby(["arm", "sigma"]).right.mean()
-    kept = accuracy["random"] / accuracy["baseline"].iloc[0]
+    """The sigma of the findings: the setting, or where random noise leaves nearest half.
+
+    Raises BadInput for a model without a right answer and no setting.
+    """
     if cfg.sigma:
         return {"sigma": cfg.sigma, "why": "the setting --sigma"}
-    best = (kept - 0.5).abs().idxmin()
-    return {"sigma": float(best), "why": "random noise leaves nearest half of the accuracy",
+    accuracy = pilot[pilot.family != "text"].groupby(["arm", "sigma"]).right.mean()
+    base = accuracy["baseline"].iloc[0]
+    if base == 0:
+        raise BadInput("without noise the model answers nothing right, so no noise leaves half of "
+                       "it: choose one with --sigma, and go by the log-probability")  # fmt: skip
+    kept = accuracy["random"] / base
+    return {"sigma": float((kept - 0.5).abs().idxmin()),
+            "why": "random noise leaves nearest half of the accuracy",
             **{f"accuracy kept at {s:g}": float(k) for s, k in kept.items()}}  # fmt: skip
-
-
-def there(measured: pd.DataFrame) -> list[str]:
-    """The measures that a table has: of worked solutions there is no log-probability."""
-    return [column for column in MEASURES if column in measured]
 
 
 def with_all(measured: pd.DataFrame) -> pd.DataFrame:
@@ -49,14 +51,14 @@ def with_all(measured: pd.DataFrame) -> pd.DataFrame:
 def by_draw(measured: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and mean log-probability of every condition, one row per family."""
     keys = ["arm", "sigma", "draw", "family"]
-    means = with_all(measured).groupby(keys, sort=False)[there(measured)].mean()
+    means = with_all(measured).groupby(keys, sort=False)[[*MEASURES]].mean()
     return means.rename(columns=MEASURES).reset_index()
 
 
 def by_item(measured: pd.DataFrame) -> pd.DataFrame:
     """Every item's means over draws: [item, measure], by arm, sigma and family."""
     keys = ["arm", "sigma", "family", "item"]
-    return with_all(measured).groupby(keys, sort=False)[there(measured)].mean().reset_index()
+    return with_all(measured).groupby(keys, sort=False)[[*MEASURES]].mean().reset_index()
 
 
 def by_arm(measured: pd.DataFrame) -> pd.DataFrame:
@@ -66,8 +68,7 @@ def by_arm(measured: pd.DataFrame) -> pd.DataFrame:
     for (arm, sigma, family), some in by_item(measured).groupby(
         ["arm", "sigma", "family"], sort=False
     ):
-        for column in there(measured):
-            measure = MEASURES[column]
+        for column, measure in MEASURES.items():
             over = draws.loc[[(arm, sigma, family)], measure]
             found = stats.mean_ci(some[column].to_numpy())
             rows.append({"arm": arm, "sigma": sigma, "family": family, "measure": measure,
@@ -77,25 +78,28 @@ def by_arm(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(measured: pd.DataFrame) -> pd.DataFrame:
-    """One arm minus another: paired over items, and a core against the spread of random draws."""
-    items = by_item(measured).set_index(["arm", "sigma", "family"]).sort_index()
-    draws = by_draw(measured).set_index(["arm", "sigma", "family"]).sort_index()
+    """One arm minus another: paired over items, and against the spread of the other's draws."""
+    keys = ["sigma", "family", "arm"]
+    items = by_item(measured).set_index([*keys, "item"]).sort_index()
+    draws = by_draw(measured).set_index(keys).sort_index()
     rows = []
-    for sigma in sorted(measured.sigma[measured.sigma > 0].unique()):
-        for family in [*measured.family.unique(), ALL]:
-            for one, other in PAIRS:
-                both = [items.loc[[(a, sigma, family)]].set_index("item") for a in (one, other)]
-                for column in there(measured):
-                    measure = MEASURES[column]
-                    differ = both[0][column] - both[1][column]
-                    if differ.isna().all():  # there is no accuracy on text
-                        continue
-                    spread = [draws.loc[[(a, sigma, family)], measure] for a in (one, other)]
-                    rows.append({"sigma": sigma, "family": family, "one": one, "other": other,
-                                 "measure": measure,
-                                 **stats.mean_ci(differ.to_numpy()),
-                                 "p_items": stats.sign_flip_p(differ.to_numpy()),
-                                 **against_draws(*spread)})  # fmt: skip
+    for (sigma, family), some in draws[draws.index.get_level_values("sigma") > 0].groupby(
+        ["sigma", "family"], sort=False
+    ):
+        there = set(some.index.get_level_values("arm"))
+        for one, other in (pair for pair in PAIRS if there.issuperset(pair)):
+            for column, measure in MEASURES.items():
+                differ = (
+                    items.loc[(sigma, family, one), column]
+                    - items.loc[(sigma, family, other), column]
+                ).to_numpy()
+                if np.isnan(differ).all():  # there is no accuracy on text
+                    continue
+                spread = [draws.loc[[(sigma, family, a)], measure] for a in (one, other)]
+                rows.append({"sigma": sigma, "family": family, "one": one, "other": other,
+                             "measure": measure, **stats.mean_ci(differ),
+                             "p_items": stats.sign_flip_p(differ) if len(differ) > 1 else np.nan,
+                             **against_draws(*spread)})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -113,76 +117,52 @@ def against_draws(one: pd.Series, other: pd.Series) -> dict[str, float]:
 
 def summarise(
     sigma: float,
-    about: dict,
     scores: pd.Series,
     heads: pd.DataFrame,
     arms: pd.DataFrame,
     versus: pd.DataFrame,
 ) -> dict[str, object]:
     """The few numbers of the findings, at the sigma they rest on."""
-    size = len(heads[heads.arm == "synergistic"])
+    by = arms.set_index(["family", "measure", "arm", "sigma"]).sort_index()
     out: dict[str, object] = {
-        "heads with noise": f"{size} of {len(scores)}",
-        "heads without a score, in neither core": int(scores.isna().sum()),
-        "sigma, in standard deviations of the parameter": sigma,
-        "items, the same in every condition": about["items"],
+        "heads with noise": f"{(heads.arm == 'synergistic').sum()} of {len(scores)}",
+        "sigma, in standard deviations of the weights": sigma,
     }
-    arms, versus = (
-        arms.set_index(["arm", "sigma", "family", "measure"]),
-        versus[versus.sigma == sigma],
-    )
-    for family in arms.index.unique("family").drop("text"):
-        out[f"accuracy without noise, {family}"] = estimate(
-            arms.loc[("baseline", 0, family, "accuracy")]
+    for family in arms.family.unique():
+        if family != "text":
+            out[f"accuracy without noise, {family}"] = estimate(
+                by.loc[(family, "accuracy", "baseline", 0)]
+            )
+    for arm in ARMS:
+        out[f"accuracy, {ALL}, noise in {arm} heads"] = estimate(
+            by.loc[(ALL, "accuracy", arm, sigma)]
         )
-    for measure in MEASURES.values():
-        for arm in ("baseline", *ARMS):
-            row = arms.loc[(arm, sigma if arm in ARMS else 0, ALL, measure)]
-            out[f"{measure}, {ALL}, {arm}"] = estimate(row)
-    row = arms.loc[("random", sigma, ALL, "accuracy")]
-    out["standard deviation of the accuracy over random draws"] = row.sd_draws
-    for arm in ("baseline", *ARMS):
-        row = arms.loc[(arm, sigma if arm in ARMS else 0, "text", "log-probability")]
+    out["standard deviation of it over random draws"] = by.loc[
+        (ALL, "accuracy", "random", sigma)
+    ].sd_draws
+    found = versus[(versus.sigma == sigma) & (versus.family == ALL) & (versus.other != CORES[1])]
+    for row in found[found.measure == "log-probability"].itertuples():
+        label = f"log-probability (nats), {row.one} minus {row.other}"
+        out[label] = estimate(row)
+        out[f"p against {row.draws} draws of heads: {label}"] = row.p_draws
+    for arm in ("baseline", *SWEPT):
+        row = by.loc[("text", "log-probability", arm, 0 if arm == "baseline" else sigma)]
         out[f"loss on text (nats per token), {arm}"] = stats.Estimate(
             value=-row.value, low=-row.high, high=-row.low, n=int(row.n)
         )
-    for row in versus[versus.family == ALL].itertuples():
-        label = f"{row.measure}, {row.one} minus {row.other}"
-        out[label] = estimate(row)
-        out[f"p over items: {label}"] = row.p_items
-        if row.other != "redundant":
-            out[f"p against {row.draws} draws of heads: {label}"] = row.p_draws
-    for one, other in (("synergistic", "random"), ("redundant", "random")):
-        chosen = versus[(versus.one == one) & (versus.other == other)]
-        for row in chosen[
-            (chosen.measure == "log-probability") & (chosen.family != ALL)
-        ].itertuples():
-            out[f"log-probability, {one} minus {other}, {row.family}"] = estimate(row)
-    for core, matched in MATCHED.items():
-        shared = heads[heads.arm == matched][f"in_{core}"].mean()
-        out[f"share of the {core} core in {matched}"] = float(shared)
-    for s in arms.index.unique("sigma").drop(0):
-        kept = arms.loc[("random", s, ALL, "accuracy")].value
-        out[f"accuracy, {ALL}, random, at sigma {s:g}"] = kept
-        for core in ("synergistic", "redundant"):
-            out[f"accuracy, {ALL}, {core}, at sigma {s:g}"] = arms.loc[
-                (core, s, ALL, "accuracy")
-            ].value
-    again = arms.loc[("baseline", 0, ALL, "log-probability")]
-    out["spread of the log-probability over the first and the last pass, both without noise"] = (
-        again.sd_draws
-    )
+    again = by.loc[(ALL, "log-probability", "baseline", 0)].sd_draws
+    out["log-probability without noise, first and last pass, standard deviation"] = again
     return out
 
 
 def of_benchmark(arms: pd.DataFrame, versus: pd.DataFrame) -> dict[str, object]:
     """The same for worked solutions: accuracy, and who differs from whom."""
     out: dict[str, object] = {}
-    for row in arms[arms.family == ALL].itertuples():
+    for row in arms[(arms.family == ALL) & (arms.measure == "accuracy")].itertuples():
         out[f"accuracy on the benchmark, {row.arm}"] = estimate(row)
-    for row in versus[versus.family == ALL].itertuples():
-        out[f"accuracy on the benchmark, {row.one} minus {row.other}"] = estimate(row)
-        out[f"p over problems: {row.one} minus {row.other}"] = row.p_items
+    for row in versus[(versus.family == ALL) & (versus.one == CORES[0])].itertuples():
+        out[f"{row.measure} on the benchmark, {row.one} minus {row.other}"] = estimate(row)
+        out[f"p over problems: {row.measure}, {row.one} minus {row.other}"] = row.p_items
     return out
 
 

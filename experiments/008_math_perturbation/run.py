@@ -30,14 +30,15 @@ class Config(BaseConfig):
     its own, leaves nearest half of the accuracy."""
     relative_to: Literal["parameter", "head"] = "parameter"
     """What sigma is relative to: the std of the whole W_Q or W_O, or of the head's slice."""
-    draws: int = 5
-    """Draws of every condition: of the noise, and of the heads where they are random."""
-    more_draws: int = 5
-    """So many draws more at `sigma`. A quick run takes two draws and no more."""
-    per_family: int = 0
-    """Items of each family; 0 is all 36 (a quick run takes eight)."""
-    documents: int = 8
-    """Held-out texts of 48 tokens, for the loss on plain text (a quick run takes two)."""
+    draws: int = 6
+    """Draws at that sigma: of the noise, and of the heads where they are random (a quick run takes
+    two)."""
+    sweep_draws: int = 2
+    """Draws at the other sigmas, for the cores and random heads (a quick run takes one)."""
+    per_family: int = 16
+    """Items of each family, spread over all 36 (a quick run takes eight of every second family)."""
+    documents: int = 6
+    """Held-out texts of 32 tokens, for the loss on plain text (a quick run takes two)."""
     benchmark: str = ""
     """Also let the model work out problems: math-500, math, math-lighteval, gsm8k (after `./lab
     fetch`), or a .json or .jsonl file of problems."""
@@ -68,17 +69,17 @@ def main(cfg: Config, run: Run) -> None:
     measured = run.chunks("measured.parquet", conditions, 1, session.measure)
     heads = run.stage("heads.csv", lambda: plan.heads(conditions, sigma))
     # 3. If asked for: worked solutions to the problems of a benchmark, in parts of a batch.
-    solved = bench.solve(cfg, run, prompts.load(__file__, "worked"), conditions, sigma)
+    worked, sha = prompts.load(__file__, "worked"), about.get("benchmark_sha")
+    solved = bench.solve(cfg, run, worked, conditions, sigma, sha)
     # 4. From here on tables only: accuracy and log-probability, and who differs from whom.
     run.stage("draws.csv", lambda: table.by_draw(measured))
     arms = run.stage("arms.csv", lambda: table.by_arm(measured))
     versus = run.stage("contrasts.csv", lambda: table.contrasts(measured))
-    summary = table.summarise(sigma, about, scores[cfg.score], heads, arms, versus)
+    summary = table.summarise(sigma, scores[cfg.score], heads, arms, versus)
     if solved is not None:
-        worked = run.stage("solved.csv", lambda: table.by_arm(solved))
-        summary |= table.of_benchmark(
-            worked, run.stage("solved_contrasts.csv", lambda: table.contrasts(solved))
-        )
+        of_arms = run.stage("solved.csv", lambda: table.by_arm(solved))
+        against = run.stage("solved_contrasts.csv", lambda: table.contrasts(solved))
+        summary |= table.of_benchmark(of_arms, against)
     run.stage("summary.json", lambda: summary)
 
 
