@@ -25,7 +25,7 @@ from lens_utils.prompts import Prompt, shuffled
 from lens_utils.registry import resolve
 
 SAMPLED = 0.7
-QUICK = {"per_category": 2, "steps": 40}
+QUICK = {"per_category": 2, "steps": 24}
 
 
 def choose(prompts: list[Prompt], cfg) -> list[Prompt]:

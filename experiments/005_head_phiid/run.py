@@ -27,7 +27,7 @@ class Config(BaseConfig):
     temperature: float = 0.0
     """0 always takes the likeliest token; above it, tokens are drawn."""
     steps: int = 0
-    """Length of every series in tokens; 0 is 100 (a quick run takes 40)."""
+    """Length of every series in tokens; 0 is 100 (a quick run takes 24)."""
     tau: int = 1
     """Steps between past and future."""
     atoms: str = ""
