@@ -92,6 +92,8 @@ def test_points(modules):
     assert plan(modules).counts(SIZE, False) == [(6, 0.2), (8, 0.25), (12, 0.4)]
     every = plan(modules, points="every 5").counts(SIZE, True)
     assert every == [(5, 5 / SIZE), (6, 0.2), (8, 0.25), (10, 10 / SIZE), (12, 0.4)]
+    every = plan(modules, points="every 4").counts(SIZE, True)
+    assert every == [(4, 4 / SIZE), (6, 0.2), (8, 0.25), (12, 0.4)], "each number once"
     assert [k for k, _ in plan(modules, points="every 5").counts(272, True)] == sorted(
         {*range(5, 109, 5), 54, 68, 109}
     )
@@ -192,6 +194,7 @@ def test_bad_settings_are_one_line(modules):
         (lambda: check(scores()[:25], L, H), "25 scores up to layer 4, this model 6 layers of 5"),
         (lambda: check(scores(head=np.arange(SIZE)), L, H), "another model"),
         (lambda: check(scores(), L, H + 1), "another model"),
+        (lambda: check(pd.concat([scores()] * 2), L, H), "60 scores up to layer 5"),
         (lambda: choose(steps=3), "wrote 2 tokens"),
         (lambda: choose(steps=-1), "wrote 2 tokens"),
         (lambda: choose(), "--per-category 2: 005 has 2 prompts of a"),
@@ -302,3 +305,23 @@ def test_other_ablations_are_compared_with_random_heads(modules, monkeypatch):
     assert mean == pytest.approx(zero / 3)
     assert found.nats.tolist() == pytest.approx([3 * 3.5 + 0.2, 10 * (3 * 3.5 + 0.2) / 3])
     assert found.random_nats.tolist() == pytest.approx([3.7, 37])
+
+
+def test_what_a_quarter_costs_beside_its_heads(modules, monkeypatch):
+    """Costs relative to the text's own, sums over the heads that are gone, and of their layers."""
+    monkeypatch.setattr(modules.tables, "CONTROL", 0.2)
+    points = made_up(lambda kind, n, j, share: (1 + n) * (2 + j if kind == "random" else 4))
+    heads = scores().assign(alone=np.arange(SIZE) / 10)
+    names = ["score, high first", *(f"random {j}" for j in range(4))]
+    orders = [{"order": name, "heads": [5 * j, 5 * j + 1, 29]} for j, name in enumerate(names)]
+    found = modules.tables.explained(points, orders, heads).set_index("order").loc[names]
+    assert found.relative.tolist() == pytest.approx([1, 0.5, 0.75, 1, 1.25])
+    assert found.texts.tolist() == [6, 3, 3, 3, 3]
+    assert found.loc["random 1", "kl"] == pytest.approx(3 * (2 + 4 + 6) / 3)
+    assert found["heads"].unique() == [2]
+    assert found.alone.tolist() == pytest.approx([0.1, 1.1, 2.1, 3.1, 4.1])
+    assert found.by_layer.tolist() == pytest.approx([0.4, 1.4, 2.4, 3.4, 4.4])
+    rho = modules.tables.additive(found.reset_index(), 0)
+    assert (rho["value"], rho["n"]) == (pytest.approx(1), 4)
+    falling = found.assign(alone=-found.alone).reset_index()
+    assert modules.tables.additive(falling, 0)["value"] == pytest.approx(-1)

@@ -75,6 +75,31 @@ def ablations(points: pd.DataFrame, seed: int) -> pd.DataFrame:
     return found[everywhere & (found.kind != RANDOM)]
 
 
+def explained(points: pd.DataFrame, orders: list[dict], heads: pd.DataFrame) -> pd.DataFrame:
+    """One row per order: what a quarter of the heads costs, and what they cost one by one.
+
+    relative: the cost over the mean cost of the scores' orders, text by text: orders that were run
+    on different texts compare. alone: the sum of its heads' single divergences (nats). by_layer:
+    the same with each head's layer mean in its place, what random heads of these layers would have.
+    """
+    rows = own(points)
+    rows = rows[rows.share == CONTROL]
+    usual = rows[rows.order == rows.kind].groupby("id").kl.mean()
+    rows = rows.assign(relative=rows.kl / rows.id.map(usual))
+    found = rows.groupby("order", sort=False).agg(
+        kind=("kind", "first"), heads=("heads", "first"), texts=("id", "nunique"),
+        kl=("kl", "mean"), relative=("relative", "mean"),
+    )  # fmt: skip
+    layer_mean = heads.groupby("layer").alone.transform("mean")
+    members = {o["order"]: o["heads"] for o in orders}
+    for name, values in (("alone", heads.alone), ("by_layer", layer_mean)):
+        found[name] = [
+            values.to_numpy()[members[order][:n]].sum()
+            for order, n in found["heads"].items()
+        ]  # fmt: skip
+    return found.reset_index()
+
+
 def tables(rows: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
     """Of every kind: text by order, NaN where an order was not run on a text."""
     texts = rows.id.unique()
@@ -165,11 +190,22 @@ def reliability(single: pd.DataFrame) -> Estimate:
                     high=float(max(found)), n=n)  # fmt: skip
 
 
+def additive(quarters: pd.DataFrame, seed: int) -> Estimate:
+    """Spearman's rho over random orders: cost of a quarter with the sum of its heads' own."""
+    drawn = quarters[quarters.kind == RANDOM].reset_index()
+    ranks, each = drawn[["relative", "alone"]].rank().to_numpy(), np.arange(len(drawn))
+    value = _pearson(ranks, each, np.ones((1, len(drawn))))[0]
+    resampled = _pearson(ranks, each, _weights(np.random.default_rng(seed), len(drawn)))
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return Estimate(value=float(value), low=float(low), high=float(high), n=len(drawn))
+
+
 def summarise(
     points: pd.DataFrame,
     areas: pd.DataFrame,
     alike: pd.DataFrame,
     kinds: pd.DataFrame,
+    quarters: pd.DataFrame,
     single: pd.DataFrame,
     heads: pd.DataFrame,
 ) -> dict[str, object]:
@@ -199,6 +235,9 @@ def summarise(
         at = rows[(rows.share == CONTROL) & (rows.kind == kind)]
         each = at.groupby("order" if kind == RANDOM else "id").kl.mean()
         out[f"divergence, 25 % gone, {kind} (nats)"] = stats.mean_ci(each.to_numpy())
+    out["rho of the cost of random quarters with the sum of their heads' own"] = additive(
+        quarters, 0
+    )
     for row in areas[(areas.against == RANDOM) & ~areas.kind.str.startswith(RANDOM)].itertuples():
         if row.kind.endswith("high first") or row.kind.startswith(LAYERS + ","):
             out[f"area against random, {row.kind}"] = _estimate(row, row.texts)

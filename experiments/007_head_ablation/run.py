@@ -66,9 +66,10 @@ def main(cfg: Config, run: Run) -> None:
     areas = run.stage("areas.csv", lambda: table.areas(points, plan.common, cfg.seed))
     alike = run.stage("correlations.csv", lambda: table.correlations(heads, plan.scores, cfg.seed))
     kinds = run.stage("ablations.csv", lambda: table.ablations(points, cfg.seed))
+    quarters = run.stage("quarters.csv", lambda: table.explained(points, orders, heads))
     run.stage(
         "summary.json",
-        lambda: table.summarise(points, areas, alike, kinds, single, heads),
+        lambda: table.summarise(points, areas, alike, kinds, quarters, single, heads),
     )
 
 
