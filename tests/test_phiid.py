@@ -1,5 +1,6 @@
 """PhiID against the reference library's outputs, a slow route by definition, and closed forms."""
 
+import importlib
 import itertools
 from pathlib import Path
 
@@ -22,7 +23,15 @@ LOOSE = {"near_collinear_1e-2", "float32_input"}
 def engine(request, monkeypatch):
     """Both ways to run the formulas: as on an accelerator, as on a CPU."""
     if request.param == "arrays":
-        monkeypatch.setattr("lens_utils.fused.fits", lambda tensor: False)
+        patch(monkeypatch, "fused", fits=lambda tensor: False)
+        patch(monkeypatch, "phiid_ccs", compiled=None)
+        patch(monkeypatch, "phiid_gaussian", compiled=None)
+
+
+def patch(monkeypatch, module, **values):
+    """In the module itself: what tests import may stand for it until it is used."""
+    for name, value in values.items():
+        monkeypatch.setattr(importlib.import_module(f"lens_utils.{module}"), name, value)
 
 
 def coupled(prompts=3, heads=6, steps=60, seed=0) -> torch.Tensor:
@@ -283,8 +292,8 @@ def test_atoms_sum_to_all_the_information():
 def test_blocks_make_no_difference(monkeypatch, redundancy, engine):
     series = coupled(2, heads=11)
     whole = [f(series, redundancy=redundancy) for f in (phiid.decompose, phiid.surrogate)]
-    for name, size in (("phiid.ROWS", 3), ("phiid.COLUMNS", 4), ("phiid_ccs.CELLS", 200)):
-        monkeypatch.setattr(f"lens_utils.{name}", size)
+    patch(monkeypatch, "phiid", ROWS=3, COLUMNS=4)
+    patch(monkeypatch, "phiid_ccs", CELLS=200)
     parts = [f(series, redundancy=redundancy) for f in (phiid.decompose, phiid.surrogate)]
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one["sts"], other["sts"], atol=1e-14)
