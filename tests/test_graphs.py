@@ -1,5 +1,8 @@
 """Graphs against networkx, closed forms and hand-made cases."""
 
+import random
+
+import igraph
 import networkx as nx
 import numpy as np
 import pytest
@@ -101,6 +104,18 @@ def test_louvain_is_repeatable_and_leaves_lone_nodes_alone():
     alone = np.flatnonzero(weights.sum(0) == 0)
     assert len(alone) > 0 and (np.bincount(labels)[labels[alone]] == 1).all()
     assert sorted(set(labels)) == list(range(labels.max() + 1))
+
+
+def test_louvain_leaves_no_trace_and_follows_its_seed():
+    """Weights without communities: what is found depends on the order of the nodes."""
+    weights = symmetric(60)
+    by_seed = [graphs.louvain(weights, seed).tolist() for seed in range(6)]
+    random.seed(3)
+    before = igraph.Graph.Erdos_Renyi(n=20, p=0.5).get_edgelist()
+    random.seed(3)
+    again = [graphs.louvain(weights, seed).tolist() for seed in range(6)]
+    assert igraph.Graph.Erdos_Renyi(n=20, p=0.5).get_edgelist() == before
+    assert again == by_seed and len({tuple(labels) for labels in by_seed}) > 1
 
 
 def test_giant_component():
