@@ -53,12 +53,12 @@ def test_exact_in_one_pass_is_exact_by_greedy_decoding(arch, tiny):
 
 def test_items_are_scored_as_the_real_model_writes_them(smol):
     """Few-shot line by line: what greedy decoding writes up to the line break is the answer."""
-    asked = measure.items(smol, RECORDS, 4)
+    asked = measure.items(smol, RECORDS, 2)
     answers = {r.id: r.answer + "\n" for r in RECORDS}
     found = measure.score(smol, asked).set_index("item").right
     rows = [item.ids[: item.start] for item in asked]
     for item, steps in zip(
-        asked, generate.answers(smol, rows, max_new_tokens=8, until="\n"), strict=True
+        asked, generate.answers(smol, rows, max_new_tokens=6, until="\n"), strict=True
     ):
         text = "".join(step.text for step in steps)
         assert (text == answers[item.id]) == bool(found[item.id]), (item.id, text)
@@ -102,7 +102,7 @@ def test_items_are_spread_over_their_family(tiny, tokenizer):
 def test_every_family_has_examples_that_are_not_asked():
     items = [r for r in RECORDS if r.set == "items"]
     assert set(Counter(r.family for r in items).values()) == {36} and len(items) == 216
-    texts = [r.text for r in RECORDS if r.set != "worked"]
+    texts = [(r.family, r.text) for r in RECORDS if r.set != "worked"]
     assert len(set(texts)) == len(texts)
     assert {r.family for r in items} == {r.family for r in RECORDS if r.set == "shots"}
     assert all(r"\boxed{" in r.answer for r in RECORDS if r.set == "worked")
@@ -208,13 +208,21 @@ def test_contrasts_pair_items_and_weigh_draws():
     assert row.value == pytest.approx(-1) and row.n == 8
     assert row.low == pytest.approx(-1) and row.high == pytest.approx(-1)  # no item differs
     assert row.p_items == pytest.approx(2 / 2**8)
-    # Three draws 0.2 apart have a standard deviation of 0.2; one more has 0.2 sqrt(4/3).
-    t = 1 / (0.2 * np.sqrt(4 / 3))
-    assert row.p_draws == pytest.approx(2 * student.sf(t, 2)) and row.share_below == 0
+    # Three draws 0.2 apart have a standard deviation of 0.2; two such means differ by
+    # 0.2 sqrt(2/3), and one more draw from their mean by 0.2 sqrt(4/3).
+    assert row.p_draws == pytest.approx(2 * student.sf(1 / (0.2 * np.sqrt(2 / 3)), 4))
+    assert row.p_one_more == pytest.approx(2 * student.sf(1 / (0.2 * np.sqrt(4 / 3)), 2))
+    assert row.share_below == 0
     matched = plan.MATCHED["synergistic"]
     row = found.loc[("synergistic", matched, "a", "log-probability")]
     assert row.value == pytest.approx(-0.5) and row.n == 4
     assert ("synergistic", "random", "text", "accuracy") not in found.index
+
+
+def test_one_draw_has_no_spread():
+    one = synthetic()
+    found = table.contrasts(one[one.draw == 0])
+    assert found.p_draws.isna().all() and found.p_one_more.isna().all() and len(found)
 
 
 def test_arms_are_means_over_items_of_means_over_draws():

@@ -129,6 +129,8 @@ def test_problems_of_every_schema_are_judged(lab, tmp_path, monkeypatch):
     half = (solved.sigma == 0) | (solved.draw == 1)
     assert (solved.right == (half & solved.item.isin(["own-0", "own-2"]))).all()
     assert solved[solved.arm == "random"].level.tolist() == [2, 5, pd.NA, pd.NA] * 2
+    means = solved.groupby(["arm", "draw"]).logp.mean()
+    assert means.nunique() == len(means), "the gold answer is said under noise, too"
     arms = read(run, "solved.csv").set_index(["arm", "family", "measure"])
     assert arms.loc[("baseline", "Algebra", "accuracy")].value == 1
     assert arms.loc[("redundant", "Algebra", "accuracy")].value == 0.5

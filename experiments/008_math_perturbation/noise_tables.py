@@ -1,9 +1,9 @@
 """What experiment 008 makes of its measurements: tables from tables, no model.
 
-Two questions are kept apart. Would other items show the difference, with these heads and this
-noise? Intervals and tests over items answer it: each item's mean over draws, the same items in both
-conditions. Is this set of heads unlike other sets? That is a question about draws: a core's mean
-against the spread of random sets.
+Three questions are kept apart. Would other items show the difference, with these heads and this
+noise? Intervals and `p_items` answer it: each item's mean over draws, the same items in both
+conditions. Would other draws, of noise and of random heads, show it on these items? `p_draws`, from
+means of draws. And is a core beyond what one random set differs from the next? `p_one_more`.
 """
 
 import numpy as np
@@ -78,7 +78,7 @@ def by_arm(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(measured: pd.DataFrame) -> pd.DataFrame:
-    """One arm minus another: paired over items, and against the spread of the other's draws."""
+    """One arm minus another: paired over items, and over draws."""
     keys = ["sigma", "family", "arm"]
     items = by_item(measured).set_index([*keys, "item"]).sort_index()
     draws = by_draw(measured).set_index(keys).sort_index()
@@ -104,15 +104,18 @@ def contrasts(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_draws(one: pd.Series, other: pd.Series) -> dict[str, float]:
-    """Is the mean of `one` a likely value for one more draw of `other`?
+    """Are the means of two lots of draws alike (Welch's t test), and is the mean of `one` a likely
+    value for one more draw of `other` (a t test of one new observation)?
 
-    A t test of one new observation against n draws. It is cautious: the draws differ in noise and
-    heads, while the mean of `one` has most of the noise averaged out.
+    The second is cautious: single draws differ in noise and heads, while the mean of `one` has
+    most of the noise averaged out. NaN for a single draw, and for draws that do not differ.
     """
     n, gap = len(other), float(one.mean() - other.mean())
-    t = gap / (float(other.std()) * np.sqrt(1 + 1 / n)) if other.std() > 0 else np.nan
-    return {"p_draws": float(2 * scipy_stats.t.sf(abs(t), n - 1)), "draws": n,
-            "share_below": float((other.to_numpy() < one.mean()).mean())}  # fmt: skip
+    varies = len(one) > 1 and n > 1 and other.std() > 1e-9
+    welch = scipy_stats.ttest_ind(one, other, equal_var=False).pvalue if varies else np.nan
+    t = gap / (float(other.std()) * np.sqrt(1 + 1 / n)) if varies else np.nan
+    return {"p_draws": float(welch), "p_one_more": float(2 * scipy_stats.t.sf(abs(t), n - 1)),
+            "draws": n, "share_below": float((other.to_numpy() < one.mean()).mean())}  # fmt: skip
 
 
 def summarise(
@@ -144,7 +147,7 @@ def summarise(
     for row in found[found.measure == "log-probability"].itertuples():
         label = f"log-probability (nats), {row.one} minus {row.other}"
         out[label] = estimate(row)
-        out[f"p against {row.draws} draws of heads: {label}"] = row.p_draws
+        out[f"p over draws: {label}"] = row.p_draws
     for arm in ("baseline", *SWEPT):
         row = by.loc[("text", "log-probability", arm, 0 if arm == "baseline" else sigma)]
         out[f"loss on text (nats per token), {arm}"] = stats.Estimate(
