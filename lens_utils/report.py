@@ -72,9 +72,10 @@ def block(experiment: Path) -> str:
         model = next(iter(held[name]["models"].values()), {})
         said = [f"{key} `{model[key]}`" for key in ("dtype", "bos", "weights") if model.get(key)]
         commit = held[name]["origin"]["git"] or "no commit"
-        source = f"{model.get('source', '?')} {str(model.get('sha256', ''))[:12]}".strip()
-        lines.append(f"- {name.replace(QUICK, ' (quick)')}: {source}; {', '.join(said)}; seed "
-                     f"{held[name]['settings']['seed']}; code {commit}")  # fmt: skip
+        source = f"{model.get('source', '')} {str(model.get('sha256', ''))[:12]}".strip()
+        about = [source or "from tables of other experiments", ", ".join(said),
+                 f"seed {held[name]['settings']['seed']}", f"code {commit}"]  # fmt: skip
+        lines.append(f"- {name.replace(QUICK, ' (quick)')}: {'; '.join(filter(None, about))}")
     lines += ["", "Brackets are 95 % bootstrap intervals, n the number of resampled units."]
     return "\n".join(lines)
 
