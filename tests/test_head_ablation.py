@@ -321,6 +321,10 @@ def test_what_a_quarter_costs_beside_its_heads(modules, monkeypatch):
     assert found["heads"].unique() == [2]
     assert found.alone.tolist() == pytest.approx([0.1, 1.1, 2.1, 3.1, 4.1])
     assert found.by_layer.tolist() == pytest.approx([0.4, 1.4, 2.4, 3.4, 4.4])
+    assert (found.whole_layers == "").all()
+    two = heads.assign(layer=np.arange(SIZE) // 2)
+    found = modules.tables.explained(points, orders, two).set_index("order").loc[names]
+    assert found.whole_layers.tolist() == ["0", "", "5", "", "10"]
     rho = modules.tables.additive(found.reset_index(), 0)
     assert (rho["value"], rho["n"]) == (pytest.approx(1), 4)
     falling = found.assign(alone=-found.alone).reset_index()

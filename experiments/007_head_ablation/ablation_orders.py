@@ -32,6 +32,7 @@ class Plan:
 
     def __init__(self, cfg, scores: pd.DataFrame) -> None:
         self.seed, self.n_random = cfg.seed, cfg.random_orders
+        self.n_like = max(1, self.n_random // (4 if cfg.quick else 2))
         if self.n_random < 2:
             raise BadInput(f"--random-orders {self.n_random}: at least 2")
         default = DEFAULT[:QUICK] if cfg.quick else DEFAULT
@@ -82,7 +83,7 @@ class Plan:
         for end, sign in (("high", 1), ("low", -1)):
             like = ranked(sign * heads[LAYERS].to_numpy(float), rng)
             drawn[f"random, layers of {LAYERS}, {end} first"] = [
-                in_layers(like, layer, rng) for _ in range(self.n_random // 2)
+                in_layers(like, layer, rng) for _ in range(self.n_like)
             ]
         found += [
             {"order": f"{kind} {turn}", "kind": kind, "turn": turn, "heads": order}

@@ -14,7 +14,7 @@ from lens_utils.experiment import Run
 from lens_utils.models import LoadedModel
 
 PER_CATEGORY = 2
-STEPS, QUICK_STEPS, QUICK_CATEGORIES = 32, 12, 2
+STEPS, QUICK_STEPS, QUICK_CATEGORIES = 32, 8, 2
 POOL = 6  # texts that heads' mean outputs are taken from
 
 
@@ -86,7 +86,8 @@ class Session:
         size = self.shape[0] * self.shape[1]
         mine = due(orders, text["turn"], self.turns)
         frames = []
-        for ablation in dict.fromkeys([self.cfg.ablation, "zero", "mean", "resample"]):
+        others = ["zero", "mean"] if self.cfg.quick else ["zero", "mean", "resample"]
+        for ablation in dict.fromkeys([self.cfg.ablation, *others]):
             rows = [{"order": "none", "kind": "none", "heads": 0, "share": 0.0},
                     {"order": "all", "kind": "all", "heads": size, "share": 1.0}]  # fmt: skip
             sets = [torch.tensor([False, True])[:, None, None].expand(2, *self.shape)]

@@ -81,6 +81,7 @@ def explained(points: pd.DataFrame, orders: list[dict], heads: pd.DataFrame) -> 
     relative: the cost over the mean cost of the scores' orders, text by text: orders that were run
     on different texts compare. alone: the sum of its heads' single divergences (nats). by_layer:
     the same with each head's layer mean in its place, what random heads of these layers would have.
+    whole_layers: those of which no head is left.
     """
     rows = own(points)
     rows = rows[rows.share == CONTROL]
@@ -97,6 +98,12 @@ def explained(points: pd.DataFrame, orders: list[dict], heads: pd.DataFrame) -> 
             values.to_numpy()[members[order][:n]].sum()
             for order, n in found["heads"].items()
         ]  # fmt: skip
+    layer = heads.layer.to_numpy()
+    gone = [layer[members[order][:n]].tolist() for order, n in found["heads"].items()]
+    found["whole_layers"] = [
+        " ".join(str(at) for at in sorted(set(g)) if g.count(at) == (layer == at).sum())
+        for g in gone
+    ]
     return found.reset_index()
 
 
