@@ -84,6 +84,15 @@ def test_files_that_hold_no_problems(name, text, tmp_path):
         problems.load(str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("rows", "says"), [([], "holds no problems"), ([MATH_500, MATH_500], "2 problems have the id")]
+)
+def test_problems_that_cannot_be_told_apart_or_are_not_there(rows, says, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with pytest.raises(BadInput, match=says):
+        problems.load(str(tmp_path / "x.json"))
+
+
 @pytest.mark.parametrize("name", ["math501", "nowhere.jsonl", "README.md"])
 def test_unknown_benchmarks(name):
     with pytest.raises(BadInput, match="no benchmark .*math-500"):

@@ -128,7 +128,7 @@ class Session:
             raise BadInput(f"--per-family {most}: at least 1")
         if self.cfg.quick:  # reading the examples of a family costs most of a small run
             every = [*dict.fromkeys(r.family for r in asked if r.set == "items")]
-            most, asked = QUICK["items"], [r for r in asked if r.family in every[::2]]
+            most, asked = QUICK["items"], [r for r in asked if r.family in every[1::2]]
         return items(self.run.model(), asked, most)
 
     def of_this_model(self, scores: pd.DataFrame) -> pd.DataFrame:
