@@ -204,7 +204,8 @@ def summarise(
     """The few numbers of the findings."""
     out: dict[str, object] = {"networks compared": ", ".join(shapes.network.unique())}
     for row in shapes.itertuples():
-        out[f"hump, {row.measure}, {row.network}"] = estimate(row)
+        if row.measure == "mmi" or "untrained" not in row.network:
+            out[f"hump, {row.measure}, {row.network}"] = estimate(row)
     for row in alike[alike.measure == "mmi"].itertuples():
         if "untrained" not in row.one or "untrained" in row.other:
             out[f"r of courses, mmi, {row.one} with {row.other}"] = estimate(row)
@@ -214,7 +215,7 @@ def summarise(
         if "untrained" not in row.one + row.other:
             out[f"r of courses, ccs, {row.one} with {row.other}"] = estimate(row)
     shape = graphs[graphs.measure.isin(["efficiency_per_weight", "modularity"])]
-    for row in shape.itertuples():
+    for row in shape[~shape.network.str.endswith("untrained").astype(bool)].itertuples():
         out[f"{row.measure.replace('_', ' ')}, {row.atom}, {row.network}"] = estimate(row)
     for row in ablation[ablation.what != "kl"].itertuples():
         out[f"ablation, area against random, {row.kind}, {row.network}"] = estimate(row)
