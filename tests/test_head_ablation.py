@@ -283,6 +283,7 @@ def test_curves_are_means_over_texts_and_orders(modules):
         return 10 * share + n if kind != "random" else j
 
     found = modules.tables.curves(made_up(value)).set_index(["kind", "share"])
+    assert set(found.index.get_level_values(0)) == {"score, high first", "random"}
     assert found.loc[("score, high first", 0.2), "mean"] == pytest.approx(2 + 2.5)
     assert found.loc[("random", 0.4), "mean"] == pytest.approx(1.5)
     assert found.loc["random"].resampled.unique() == ["orders"] and found.loc["random"].n.max() == 4
