@@ -52,6 +52,8 @@ def test_a_run_is_whole_and_the_weights_come_back(lab):
     pd.testing.assert_series_equal(first.logp, last.logp)
     for _, some in measured[measured.arm != "baseline"].groupby(["arm", "sigma", "draw"]):
         assert (some.logp.to_numpy() != first.logp.to_numpy()).any()
+    core = measured[(measured.arm == "synergistic") & (measured.sigma == 0.5)]
+    assert core.groupby("item").logp.nunique().eq(2).all(), "every draw is noise of its own"
     summary = read(run, "summary.json")
     assert 15 <= len(summary) <= 30, "what the findings quote, no more"
     again = [v for label, v in summary.items() if "first and last pass" in label]
