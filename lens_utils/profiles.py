@@ -62,9 +62,7 @@ def layer_profile(
 
     Raises BadInput for a mode that is none of MODES.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a layer without a value is NaN
-        raw = np.stack([np.nanmean(score[..., layer == at], -1) for at in np.unique(layer)], -1)
+    raw = np.stack([_mean(score[..., layer == at]) for at in np.unique(layer)], -1)
     match mode:
         case "raw":
             return raw
@@ -81,7 +79,7 @@ def thirds(profile: Float[ndarray, "*lead layer"]) -> Float[ndarray, "*lead thir
     if profile.shape[-1] < 3:
         raise BadInput(f"{profile.shape[-1]} layers cannot be divided into thirds")
     parts = np.array_split(profile, 3, axis=-1)
-    return np.stack([np.nanmean(part, axis=-1) for part in parts], axis=-1)
+    return np.stack([_mean(part) for part in parts], axis=-1)
 
 
 def hump(profile: Float[ndarray, "*lead layer"]) -> Float[ndarray, "*lead"]:
@@ -128,6 +126,13 @@ def interval(
     """
     spread = 1.96 * np.asarray(np.nanstd(drawn, axis=0, ddof=1))
     return np.asarray(value - spread), np.asarray(value + spread)
+
+
+def _mean(values: Float[ndarray, "*lead item"]) -> Float[ndarray, "*lead"]:
+    """Mean of what is there; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.asarray(np.nanmean(values, -1))
 
 
 def _ranks(values: Float[ndarray, "*lead head"]) -> Float[ndarray, "*lead head"]:

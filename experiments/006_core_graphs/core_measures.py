@@ -24,7 +24,7 @@ def sizes(cfg) -> Sizes:
     if not 0 < cfg.core <= 0.5:
         raise BadInput(f"--core {cfg.core}: a share of all heads in (0, 0.5], so that two fit")
     found = Sizes(
-        cfg.shuffles or (10 if cfg.quick else 50), cfg.resamples or (5 if cfg.quick else 100)
+        cfg.shuffles or (5 if cfg.quick else 50), cfg.resamples or (3 if cfg.quick else 100)
     )
     for name, value in found._asdict().items():
         if value < 2:

@@ -23,9 +23,9 @@ class Config(BaseConfig):
     core: float = 0.25
     """Share of all heads in each core: the highest by a score, and the lowest."""
     shuffles: int = 0
-    """Graphs of shuffled weights beside each graph; 0 is 50 (a quick run takes 10)."""
+    """Graphs of shuffled weights beside each graph; 0 is 50 (a quick run takes 5)."""
     resamples: int = 0
-    """Bootstrap draws of categories of prompts; 0 is 100 (a quick run takes 5)."""
+    """Bootstrap draws of categories of prompts; 0 is 100 (a quick run takes 3)."""
 
 
 def main(cfg: Config, run: Run) -> None:
