@@ -169,10 +169,12 @@ def reliability(measured: Measured, families: Sequence[str], seed: int) -> pd.Da
         for score in SCORES if measure != "memory" else SCORES[:1]:
             sides = [shares(atoms, score, side) for side in (first, 1 - first)]
             r = [spearman(a, b) for a, b in zip(*sides, strict=True)]
-            low, high = np.nanpercentile(r, [2.5, 97.5]) if np.isfinite(r).any() else (np.nan,) * 2
+            kept = np.array(r)[np.isfinite(r)]
+            low, high = np.percentile(kept, [2.5, 97.5]) if len(kept) else (np.nan, np.nan)
             rows.append(
                 {"condition": condition, "measure": measure, "score": score,
-                 "spearman": np.nanmean(r), "low": low, "high": high, "splits": SPLITS}
+                 "spearman": kept.mean() if len(kept) else np.nan, "low": low, "high": high,
+                 "splits": SPLITS}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
