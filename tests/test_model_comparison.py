@@ -55,10 +55,41 @@ def test_a_published_course_is_that_of_a_network_with_its_ranks():
     one = planted("a", heights, noisy=0.001)
     found = course.likeness([one], [model], 0).iloc[0]
     assert found.value == pytest.approx(1, abs=1e-6) and found.other == "P (published)"
-    curves = course.curves([one], [model]).set_index(["network", "mode"])
-    assert curves.loc[("P (published)", "percentile"), "mean"].max() == 1
-    mine = curves.loc[("a", "percentile")]
-    np.testing.assert_allclose(mine["mean"], curves.loc[("P (published)", "percentile"), "mean"])
+
+
+def table_of_005() -> pd.DataFrame:
+    """Rows as 005 has them, of which some are about a model's courses."""
+    conditions = ("own", "shuffled", "replayed")
+    keys = [(c, m, s, f) for c in conditions for m in ("mmi", "surrogate", "ccs")
+            for s in ("value_diff", "rank_diff") for f in ("all", "number")]  # fmt: skip
+    frame = pd.DataFrame(keys, columns=["condition", "measure", "score", "family"])
+    return frame.assign(hump=np.arange(len(frame)) / 100, low=-1.0, high=1.0, n=60,
+                        p_shuffled=0.5, peak_layer=3)  # fmt: skip
+
+
+def test_rows_of_005_are_those_of_a_model_and_its_twin():
+    nodes = pd.DataFrame({"layer": np.repeat(np.arange(7), 2), "head": [0, 1] * 7})
+    table_ = table_of_005()
+    found = course.shapes(table_, nodes, "a")
+    named = list(zip(found.network, found.measure, strict=True))
+    assert named == [(n, m) for n in ("a", "a, untrained") for m in ("mmi", "ccs")]
+    same = table_[(table_.score == "value_diff") & (table_.family == "all")]
+    own = same[(same.condition == "own") & (same.measure == "ccs")].hump.iloc[0]
+    assert found.value[found.network == "a"].iloc[1] == own
+    assert (
+        found.peak_depth_pct.eq(50).all() and found.layers.eq(7).all() and found.heads.eq(14).all()
+    )
+
+
+def test_published_courses_stand_beside_those_of_005():
+    model = {"model": "P", "layers": 3, "rank_of_layers": [0, 2, 1]}
+    rows = pd.DataFrame({"network": "a", "measure": "mmi", "mode": ["raw", "percentile", "minmax"],
+                         "depth_pct": 0.0, "mean": 0.1, "low": 0.0, "high": 0.2})  # fmt: skip
+    found = course.curves([rows], [model])
+    assert found["mode"].tolist() == ["raw", "percentile"] + 3 * ["percentile"]
+    published = found[found.network == "P (published)"]
+    assert published["mean"].tolist() == [0, 1, 0.5]
+    assert published.depth_pct.tolist() == [0, 50, 100]
 
 
 def test_published_courses_are_permutations_with_a_peak_in_the_middle():
@@ -68,12 +99,6 @@ def test_published_courses_are_permutations_with_a_peak_in_the_middle():
         assert sorted(model["rank_of_layers"]) == list(range(model["layers"]))
         peak = np.argmax(model["rank_of_layers"]) / (model["layers"] - 1)
         assert 0.1 < peak < 0.6
-
-
-def test_the_shape_says_where_the_peak_is():
-    found = course.shapes([planted("a", UP), planted("b", np.arange(9.0))], 0).set_index("network")
-    assert found.loc["a", "low"] > 0.2 and found.loc["a", "p_shuffled"] < 0.01
-    assert found.loc["b", "high"] < 0 and found.loc["b", "peak_depth_pct"] == 100
 
 
 # Twins

@@ -16,8 +16,6 @@ from lens_utils import phiid, profiles
 from lens_utils.errors import BadInput
 from lens_utils.phiid_lattice import ATOMS
 
-FLAT = 1e-10  # of the level: a series that varies less does not vary
-
 
 def measures(condition: str, quick: bool) -> tuple[str, ...]:
     """What is computed of a condition; ccs is by far the slowest."""
@@ -43,8 +41,8 @@ def pairs(
     sts, rtr [head, head] over all prompts; sts_by_family, rtr_by_family [family, head, head];
     sts_heads, rtr_heads [prompt, head]: each head's mean over its pairs in one prompt.
     surrogate: mmi of heads of two different prompts, the average over `partners`. close and lost
-    count pairs x prompts (`phiid.Decomposition`); least is the smallest share of variance that
-    one head of a pair does not share with the other.
+    count pairs x prompts (`phiid.Decomposition`); least is its smallest share of variance
+    that decides a pair.
     """
     names = list(dict.fromkeys(families))
     shape = (len(names), norms.shape[1], norms.shape[1])
@@ -96,7 +94,7 @@ def memory(norms: np.ndarray, tau: int) -> dict[str, np.ndarray]:
     a = past - past.mean(-1, keepdims=True)
     b = future - future.mean(-1, keepdims=True)
     level = np.abs(norms).max(-1)
-    flat = np.minimum(past.std(-1), future.std(-1)) <= FLAT * level
+    flat = np.minimum(past.std(-1), future.std(-1)) <= phiid.FLAT * level
     with np.errstate(invalid="ignore", divide="ignore"):
         lag = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
         own = -0.5 * np.log1p(-(lag**2))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from lens_utils import profiles
@@ -184,7 +184,7 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
     there = ~np.isnan(one) & ~np.isnan(other)
     if there.sum() < 3:
         return float("nan")
-    return float(np.corrcoef(rankdata(one[there]), rankdata(other[there]))[0, 1])
+    return float(spearmanr(one[there], other[there]).statistic)
 
 
 def agreement(measured: Measured, layer: np.ndarray) -> pd.DataFrame:

@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.stats import pearsonr
 
 from lens_utils import profiles
 
 GRID = np.linspace(0, 100, 21)  # % of depth
 DRAWS, SHUFFLES = 500, 1000
+NETWORKS = {"own": "{}", "replayed": "{}, untrained"}  # by condition of 005
+MEASURES = ("mmi", "ccs")
 
 
 class Course(NamedTuple):
@@ -54,17 +57,25 @@ def on_grid(course: Course, shares: np.ndarray, mode: str) -> np.ndarray:
     return found.reshape(*profile.shape[:-1], len(GRID))
 
 
-def curves(courses: list[Course], published: list[dict]) -> pd.DataFrame:
-    """Every course with a 95 % band over prompts; published ones as they were read off."""
-    frames = []
-    for one in courses:
-        for mode in ("raw", "percentile"):
-            middle = profiles.layer_profile(one.shares, one.layer, mode)
-            drawn = profiles.layer_profile(one.drawn, one.layer, mode)
-            low, high = profiles.interval(middle, drawn)
-            about = {"network": one.network, "measure": one.measure, "mode": mode}
-            held = {"depth_pct": depths(one.layer), "mean": middle, "low": low, "high": high}
-            frames.append(pd.DataFrame(about | held))
+def of_networks(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The rows of a table of 005 that are about a model's courses and its twin's."""
+    kept = table.condition.isin(NETWORKS) & table.measure.isin(MEASURES)
+    rows = table[kept & (table.score == "value_diff") & (table.family == "all")]
+    return rows.assign(network=[NETWORKS[c].format(model) for c in rows.condition])
+
+
+def shapes(table: pd.DataFrame, nodes: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Peak and hump (value) of both networks' courses, from shapes.csv of 005."""
+    rows = of_networks(table, model).rename(columns={"hump": "value"})
+    rows = rows[["network", "measure", "value", "low", "high", "n", "p_shuffled", "peak_layer"]]
+    peak = 100 * rows.peak_layer / max(nodes.layer.max(), 1)
+    return rows.assign(peak_depth_pct=peak, layers=nodes.layer.nunique(), heads=len(nodes))
+
+
+def curves(measured: list[pd.DataFrame], published: list[dict]) -> pd.DataFrame:
+    """Courses with 95 % bands over prompts from profiles.csv of 005; published ones as read off."""
+    columns = ["network", "measure", "mode", "depth_pct", "mean", "low", "high"]
+    frames = [rows[rows["mode"] != "minmax"][columns] for rows in measured]
     for model in published:
         at = np.arange(model["layers"])
         value = np.array(model["rank_of_layers"]) / (len(at) - 1)
@@ -100,37 +111,12 @@ def _likeness(
     one: Course, mode: str, theirs: np.ndarray, name: str, sides: list[np.ndarray],
     rng: np.random.Generator,
 ) -> dict:  # fmt: skip
-    value = float(pearson(on_grid(one, one.shares, mode), theirs))
-    low, high = profiles.interval(np.asarray(value), pearson(*sides))
+    value = float(pearsonr(on_grid(one, one.shares, mode), theirs).statistic)
+    low, high = profiles.interval(np.asarray(value), pearsonr(*sides, axis=-1).statistic)
     shuffled = rng.permuted(np.tile(one.shares, (SHUFFLES, 1)), axis=1)
-    null = pearson(on_grid(one, shuffled, mode), theirs)
+    null = pearsonr(on_grid(one, shuffled, mode), theirs[None], axis=-1).statistic
     return {
         "one": one.network, "other": name, "measure": one.measure, "mode": mode, "value": value,
         "low": max(float(low), -1.0), "high": min(float(high), 1.0), "n": one.prompts,
         "p_shuffled": float((1 + (np.abs(null) >= abs(value)).sum()) / (1 + SHUFFLES)),
     }  # fmt: skip
-
-
-def pearson(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Correlation along the last axis."""
-    a, b = (x - x.mean(-1, keepdims=True) for x in (one, other))
-    return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-
-
-def shapes(courses: list[Course], seed: int) -> pd.DataFrame:
-    """Peak and hump of every course; hump > 0 is an inverted U."""
-    rows, rng = [], np.random.default_rng(seed)
-    for one in courses:
-        raw = profiles.layer_profile(one.shares, one.layer)
-        hump = float(profiles.hump(raw))
-        drawn = profiles.hump(profiles.layer_profile(one.drawn, one.layer))
-        low, high = profiles.interval(np.asarray(hump), drawn)
-        mixed = rng.permuted(np.tile(one.shares, (SHUFFLES, 1)), axis=1)
-        null = profiles.hump(profiles.layer_profile(mixed, one.layer))
-        rows.append(
-            {"network": one.network, "measure": one.measure, "layers": len(raw),
-             "heads": len(one.shares), "peak_depth_pct": depths(one.layer)[int(np.nanargmax(raw))],
-             "value": hump, "low": float(low), "high": float(high), "n": one.prompts,
-             "p_shuffled": float((1 + (null >= hump).sum()) / (1 + SHUFFLES))}
-        )  # fmt: skip
-    return pd.DataFrame(rows)

@@ -9,6 +9,7 @@ Findings: analyses.md beside this file.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from lens_utils.experiment import BaseConfig, Run, launch
@@ -27,25 +28,30 @@ def main(cfg: Config, run: Run) -> None:
     import compare_profiles as course  # these need torch and pandas: --help does not wait for them
     import compare_tables as table
     import compare_twins as twin
+    import pandas as pd
 
     published = table.published()
     names = run.stage("models.json", lambda: table.chosen(cfg, run))
     # 1. Courses over relative depth: of every model, of its twin that reads the model's text.
-    courses, readings = [], []
+    courses, curves, shapes, readings = [], [], [], []
     for name in names:
         nodes = run.upstream("005_head_phiid", "nodes.csv", name)
-        for network, condition in ((name, "own"), (f"{name}, untrained", "replayed")):
-            for measure in ("mmi", "ccs"):
-                stage = f"pairs_{condition}_{measure}.safetensors"
-                pairs = run.upstream("005_head_phiid", stage, name)
-                found = course.course(network, measure, pairs, nodes.layer.to_numpy(), cfg.seed)
-                courses.append(found)
+        found = run.upstream("005_head_phiid", "profiles.csv", name)
+        curves.append(course.of_networks(found, name))
+        found = run.upstream("005_head_phiid", "shapes.csv", name)
+        shapes.append(course.shapes(found, nodes, name))
+        for condition, measure in itertools.product(course.NETWORKS, course.MEASURES):
+            stage = f"pairs_{condition}_{measure}.safetensors"
+            pairs = run.upstream("005_head_phiid", stage, name)
+            network = course.NETWORKS[condition].format(name)
+            layer = nodes.layer.to_numpy()
+            courses.append(course.course(network, measure, pairs, layer, cfg.seed))
         asked = run.upstream("005_head_phiid", "asked.json", name)
         tokens = run.upstream("005_head_phiid", "series_own.safetensors", name)["tokens"].tolist()
         pairs = run.upstream("005_head_phiid", "pairs_replayed_mmi.safetensors", name)
         readings += twin.readings(name, asked, tokens, pairs, cfg.quick)
-    run.stage("curves.csv", lambda: course.curves(courses, published))
-    shapes = run.stage("shapes.csv", lambda: course.shapes(courses, cfg.seed))
+    run.stage("curves.csv", lambda: course.curves(curves, published))
+    shape = run.stage("shapes.csv", lambda: pd.concat(shapes, ignore_index=True))
     alike = run.stage("likeness.csv", lambda: course.likeness(courses, published, cfg.seed))
     # 2. The twins without some of their heads; the models themselves are in 007.
     points = run.chunks(
@@ -56,8 +62,8 @@ def main(cfg: Config, run: Run) -> None:
     ablation = run.stage("ablation.csv", lambda: table.ablation(held, points, cfg.seed))
     graphs = run.stage("graphs.csv", lambda: table.graphs(held))
     noise = run.stage("noise.csv", lambda: table.noise(held))
-    run.stage("table.csv", lambda: table.side_by_side(shapes, graphs, ablation, noise, published))
-    run.stage("summary.json", lambda: table.summarise(shapes, alike, graphs, ablation, noise))
+    run.stage("table.csv", lambda: table.side_by_side(shape, graphs, ablation, noise, published))
+    run.stage("summary.json", lambda: table.summarise(shape, alike, graphs, ablation, noise))
 
 
 if __name__ == "__main__":
