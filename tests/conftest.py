@@ -142,7 +142,7 @@ def smol():
 
 
 @pytest.fixture(scope="session")
-def quick_run(tmp_path_factory):
+def quick_run(tmp_path_factory, request):
     """quick_run("001_layers_and_logits"): its Results at the quick size on the embedded model.
 
     Run once per session, after what it reads from others, into a folder that the session's
@@ -154,7 +154,7 @@ def quick_run(tmp_path_factory):
     from lens_utils.registry import SMOL
 
     session = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
+    if hasattr(request.config, "workerinput"):  # not the environment: tests run ./lab test too
         session = session.parent
     outputs, finished = session / "quick_outputs", {}
     outputs.mkdir(exist_ok=True)
