@@ -23,7 +23,7 @@ LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
      "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
-     "fused", "graphs"},
+     "fused", "graphs", "mazes", "maze_text", "maze_tasks", "maze_traces"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
