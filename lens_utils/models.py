@@ -76,16 +76,22 @@ class LoadedModel:
                            f"{self.name}, {self.n_ctx}: {text[:40]!r}...")  # fmt: skip
         return ids
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, str]], thinking: bool | None = None
+    ) -> list[int]:
         """Token ids of a conversation in the model's own template, up to the answer to come.
 
+        thinking: for templates that know `enable_thinking`; None leaves it to the template.
         Raises BadInput for a base model, for roles its template refuses, and beyond the context.
         """
         if not self.has_chat:
             raise BadInput(f"{self.name} is a base model without a chat template: use plain text")
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **({} if thinking is None else {"enable_thinking": thinking}),
             )
         except TemplateError as error:  # such as a system message where there may be none
             raise BadInput(f"the chat template of {self.name} refuses this: {error}") from None

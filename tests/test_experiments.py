@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from lens_utils import files, notebook, provenance
+from lens_utils import files, notebook, provenance, viz
 from lens_utils.__main__ import experiments
 
 NAMES = [experiment.name for experiment in experiments()]
@@ -15,7 +15,8 @@ NAMES = [experiment.name for experiment in experiments()]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quick_run_is_finished_and_says_where_it_comes_from(quick_run, name):
     results = quick_run(name)
-    assert results.finished and results.variant == "smol-quick"
+    assert results.finished
+    assert results.variant == f"{results.manifest['settings']['model']}-quick"
     summary = results.read("summary.json")
     assert summary, "the few numbers that the findings show"
     for label, value in summary.items():
@@ -39,17 +40,34 @@ def test_a_quick_run_is_finished_and_says_where_it_comes_from(quick_run, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_notebook_draws_every_figure(quick_run, name):
-    """As HTML, and as PNG where there is a browser; CI has one."""
-    results = quick_run(name)
+def test_the_notebook_draws_every_figure(quick_run, name, monkeypatch):
+    """Its cells, run in this process and without images: a kernel and a browser for each notebook
+    would cost ten times as much."""
+    results, pictures = quick_run(name), []
+    monkeypatch.setattr(viz.pio, "write_images", lambda file, **_: pictures.extend(file))
+    source = (provenance.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    space: dict[str, object] = {}
+    for number, cell in enumerate(json.loads(source)["cells"]):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{name}, cell {number}", "exec"), space)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            space["run_dir"] = str(results.folder)
+    pages = sorted((results.folder / "figures").glob("*.html"))
+    assert pages and sorted(pictures) == [page.with_suffix(".png") for page in pages]
+    for page in pages:
+        assert "../../../plotly.min.js" in page.read_text(), "shared, not copied into each page"
+    assert (results.folder.parent.parent / "plotly.min.js").exists()
+
+
+def test_figures_are_drawn_as_a_user_draws_them(quick_run):
+    """The whole way, for one experiment: papermill, a kernel, HTML, and PNG where there is a
+    browser; CI has one."""
+    results = quick_run("001_layers_and_logits")
     said = notebook.draw(results)
     pages = sorted((results.folder / "figures").glob("*.html"))
     assert pages and f"{len(pages)} figures drawn" in said
     executed = json.loads((results.folder / "figures.ipynb").read_text())
     assert all(c.get("execution_count") for c in executed["cells"] if c["cell_type"] == "code")
-    for page in pages:
-        assert "../../../plotly.min.js" in page.read_text(), "shared, not copied into each page"
-    assert (results.folder.parent.parent / "plotly.min.js").exists()
     assert notebook.draw(results) == "figures are up to date"
     if not notebook.browser():
         assert os.environ.get("CI") != "true", "CI needs Chrome or Chromium"

@@ -23,11 +23,11 @@ LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
      "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
-     "fused", "graphs", "mazes", "maze_text", "maze_tasks", "maze_traces"},
+     "fused", "graphs", "mazes", "maze_text", "maze_tasks", "maze_traces", "maze_records"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
-     "circuits", "generate", "series", "divergence", "perturb"},
+     "circuits", "generate", "maze_prompts", "series", "divergence", "perturb"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},
