@@ -87,15 +87,19 @@ def answers(
     rows: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
     top_k_shown: int = 5,
     until: str = "",
 ) -> list[list[Step]]:
-    """The greedy answers to several prompts, which are run together (padded on the left).
+    """The answers to several prompts, which are run together (padded on the left).
 
-    Raises BadInput as `stream` does.
+    With a temperature, a row's draws depend on the rows beside it. Raises BadInput as `stream`.
     """
+    choose = _chooser(temperature, top_p, seed)
     found: list[list[Step]] = [[] for _ in rows]
-    for steps in _steps(model, rows, max_new_tokens, greedy, top_k_shown, until):
+    for steps in _steps(model, rows, max_new_tokens, choose, top_k_shown, until):
         for answer, step in zip(found, steps, strict=True):
             if step is not None:
                 answer.append(step)

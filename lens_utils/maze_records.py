@@ -125,6 +125,7 @@ def from_dict(held: dict[str, Any]) -> Record:
 # Other people's task files
 
 
+YES_NO = {"true": "Yes", "yes": "Yes", "false": "No", "no": "No"}
 FIELDS = ("maze_description", "question", "answer")
 
 
@@ -163,7 +164,7 @@ def from_plan(rows: Any, task: str, where: str = "") -> tuple[list[Record], dict
         family = "shape" if task == "recognize" and answer in SHAPES else "path"
         path = tuple(cells_in(question)) if task == "recognize" and family == "path" else ()
         if task == "recognize" and family == "path":
-            answer = {"true": "Yes", "yes": "Yes", "false": "No", "no": "No"}.get(answer.lower(), "")
+            answer = YES_NO.get(answer.lower(), "")
             if not answer:
                 raise BadInput(f"{name}: a path is answered by Yes or No, a shape by one of "
                                f"{', '.join(SHAPES)}, not {row['answer']!r}")  # fmt: skip

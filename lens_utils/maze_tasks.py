@@ -204,6 +204,6 @@ def reply_fault(record: Record, reply: str) -> str:
             return mazes.shape_fault(maze, parse(reply, maze.shape))
         except BadInput:
             return "format"
-    if not (parts := re.search(r"(?is)path:(.*?)empty:(.*)", reply)):
+    if not (parts := re.search(r"(?is)path\s*:(.*?)empty\s*:(.*)", reply)):
         return "format"
     return mazes.generated_fault(maze, cells_in(parts[1]), cells_in(parts[2]))

@@ -40,11 +40,11 @@ def search(maze: Maze) -> list[str]:
 
 def check(maze: Maze, path: Sequence[Cell]) -> list[str]:
     """A path checked cell by cell."""
-    words = []
+    words, near = [], around(maze.size, maze.moves)
     for i, cell in enumerate(path):
-        fits = cell in maze.open and (cell == maze.start if i == 0 else
-                                      cell in around(maze.size, maze.moves)[path[i - 1]])  # fmt: skip
-        fits = fits and (i < len(path) - 1 or cell == maze.goal)
+        allowed = near[path[i - 1]] if i else (maze.start,)
+        ends_well = i < len(path) - 1 or cell == maze.goal
+        fits = cell in maze.open and cell in allowed and ends_well
         words += [_word(cell), "ok" if fits else "bad"]
         if not fits:
             return [*words, "invalid"]

@@ -125,15 +125,15 @@ def walk(rng: random.Random, size: int, start: Cell, goal: Cell, steps: int) -> 
             far = abs(ahead[0] - goal[0]) + abs(ahead[1] - goal[1])
             if far > left - 1 or (far == 0 and left > 1):
                 continue
-            if sum(other in path for other in near[ahead]) == 1 and ahead not in path:
-                if found := onward([*path, ahead]):
-                    return found
+            touched = sum(other in path for other in near[ahead])
+            if touched == 1 and ahead not in path and (found := onward([*path, ahead])):
+                return found
         return None
 
     found = onward([start])
     if found is None:
-        raise BadInput(f"no path of {steps} steps leads from {start} to {goal} in a {size} x {size} "
-                       "maze: take another length")  # fmt: skip
+        raise BadInput(f"no path of {steps} steps leads from {start} to {goal} on {size} x {size} "
+                       "cells: take another length")  # fmt: skip
     return found
 
 
@@ -366,7 +366,7 @@ def outlines(name: str, size: int) -> list[frozenset[Cell]]:
                 found.append({(r, c) for r in range(n) for c in range(2 * n - 1)
                               if r == last or abs(c - last) == r})  # fmt: skip
             if n > 3:
-                found += _turned({(r, c) for r, c in grid if r == c or c == 0 or r == last}, n)
+                found += _turned({(r, c) for r, c in grid if c in (0, r) or r == last}, n)
         elif name == "spiral" and n > 4:
             wound = _spiral(n)
             found += _turned(wound, n) + _turned({(r, last - c) for r, c in wound}, n)
@@ -386,14 +386,14 @@ def _spiral(n: int) -> set[Cell]:
     cell, heading = (0, 0), (0, 1)
     cells = {cell}
     while True:
-        for heading in (heading, (heading[1], -heading[0])):  # straight on, else to the right
-            ahead = (cell[0] + heading[0], cell[1] + heading[1])
+        for turned in (heading, (heading[1], -heading[0])):  # straight on, else to the right
+            ahead = (cell[0] + turned[0], cell[1] + turned[1])
             touched = [near for near in around(n).get(ahead, ()) if near in cells]
             if ahead in around(n) and touched == [cell]:
                 break
         else:
             return cells
-        cell = ahead
+        cell, heading = ahead, turned
         cells.add(cell)
 
 

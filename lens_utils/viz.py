@@ -83,8 +83,8 @@ def add_matrix(
     fig: go.Figure,
     matrix: Float[ndarray, "row row"],
     labels: list[str],
-    low: float,
-    high: float,
+    low: float | int,
+    high: float | int,
     unit: str,
     colours: str = "Viridis",
     bar: Mapping[str, float] | None = None,
@@ -148,7 +148,7 @@ def shown(token: str, longest: int = 14) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def log_ticks(fig: go.Figure, top: float, **place: int) -> None:
+def log_ticks(fig: go.Figure, top: float | int, **place: int) -> None:
     """Label a y axis of log10 ranks with the ranks, best on top."""
     powers = list(range(math.ceil(top) + 1))
     labels = ["1", "10", "100", "1,000", "10,000", "100,000", "1,000,000"]
