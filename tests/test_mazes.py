@@ -1,0 +1,451 @@
+"""Mazes against networkx, and verifiers against everything that is not right."""
+
+import itertools
+import random
+
+import networkx as nx
+import pytest
+
+from lens_utils import maze_records, maze_text, maze_traces, mazes
+from lens_utils.errors import BadInput
+from lens_utils.maze_tasks import SHAPE_TEMPLATES, TASKS, TEMPLATES, ask, reply_fault
+from lens_utils.mazes import SHAPES, SPOILS, Maze
+
+N = 150
+
+
+def graph(maze: Maze) -> nx.Graph:
+    """The maze as networkx sees it: built from the grid, not from our neighbours."""
+    whole = nx.grid_2d_graph(maze.size, maze.size)
+    if len(maze.moves) == 8:
+        whole.add_edges_from(
+            ((r, c), (r + 1, c + d))
+            for r, c, d in itertools.product(range(maze.size - 1), range(maze.size), (-1, 1))
+            if 0 <= c + d < maze.size
+        )
+    return whole.subgraph(maze.open)
+
+
+@pytest.fixture(scope="module")
+def trees() -> list[Maze]:
+    rng = random.Random(1)
+    return [mazes.tree_maze(rng, 5) for _ in range(N)]
+
+
+@pytest.fixture(scope="module")
+def shaped() -> list[Maze]:
+    rng = random.Random(2)
+    return [mazes.shape_maze(rng, SHAPES[n % 6], 5 + n % 3) for n in range(60)]
+
+
+# Growing and solving
+
+
+def test_grown_mazes_are_trees_of_the_promised_size(trees):
+    for maze in trees:
+        assert nx.is_tree(graph(maze))
+        assert 9 <= len(maze.open) <= 14
+        assert mazes.is_tree(5, maze.open)
+
+
+def test_is_tree_agrees_with_networkx_on_any_cells():
+    rng, found = random.Random(3), {True: 0, False: 0}
+    grid = list(itertools.product(range(4), range(4)))
+    for _ in range(400):
+        cells = rng.sample(grid, rng.randint(1, 8))
+        expected = nx.is_tree(nx.grid_2d_graph(4, 4).subgraph(cells))
+        assert mazes.is_tree(4, cells) == expected
+        found[expected] += 1
+    assert min(found.values()) > 20
+    assert not mazes.is_tree(4, [])
+
+
+def test_the_solution_is_the_only_simple_path(trees):
+    for maze in trees:
+        [only] = nx.all_simple_paths(graph(maze), maze.start, maze.goal)
+        assert mazes.solve(maze) == only
+
+
+def test_shape_mazes_are_solved_as_shortly_as_by_networkx(shaped):
+    for maze in shaped:
+        path = mazes.solve(maze)
+        assert len(path) - 1 == nx.shortest_path_length(graph(maze), maze.start, maze.goal)
+        assert not mazes.path_fault(maze, path)
+
+
+def test_start_and_goal_are_drawn_evenly_over_lengths(trees):
+    """Pairs drawn evenly would be mostly close ones: in these trees 55 % are within 3 steps."""
+    steps = [len(mazes.solve(maze)) - 1 for maze in trees]
+    assert min(steps) == 2 and sum(n <= 3 for n in steps) / len(steps) < 0.4
+
+
+def test_a_maze_without_a_way_is_refused():
+    maze = Maze(3, frozenset({(0, 0), (2, 2)}), (0, 0), (2, 2))
+    with pytest.raises(BadInput, match="no way from the player to the goal"):
+        mazes.solve(maze)
+    with pytest.raises(BadInput, match="take 3 or more"):
+        mazes.tree_maze(random.Random(0), 2)
+
+
+def test_the_shapes_are_those_of_the_study():
+    """Its 82 layouts on 5 x 5 cells and 466 on 7 x 7, counted from its own generator."""
+    counts = {name: len(mazes.shape_layouts(name, 5)) for name in SHAPES}
+    assert counts == {"square": 14, "cross": 10, "spiral": 8, "triangle": 23, "C": 22, "Z": 5}
+    assert sum(len(mazes.shape_layouts(name, 7)) for name in SHAPES) == 466
+    layouts = [cells for name in SHAPES for cells in mazes.shape_layouts(name, 7)]
+    assert len(set(layouts)) == len(layouts)
+
+
+def test_a_random_walk_touches_itself_nowhere():
+    rng = random.Random(4)
+    for _ in range(100):
+        path = mazes.walk(rng, 5, (0, 0), (2, 2), 8)
+        assert len(path) == 9 and path[-1] == (2, 2)
+        assert nx.is_path(nx.grid_2d_graph(5, 5), path)
+        assert nx.is_tree(nx.grid_2d_graph(5, 5).subgraph(path))
+    with pytest.raises(BadInput, match="take another length"):
+        mazes.walk(rng, 5, (0, 0), (2, 2), 5)
+
+
+# Splits
+
+
+def test_no_layout_is_on_both_sides():
+    rng = random.Random(5)
+    sides = [{mazes.tree_maze(rng, 5, side).layout_id for _ in range(N)} for side in (False, True)]
+    assert not sides[0] & sides[1]
+    assert all(mazes.held_out(layout) for layout in sides[1])
+
+
+def test_the_split_is_the_same_everywhere():
+    """By a hash of its own: these were computed with hashlib in another process."""
+    import hashlib
+
+    for layout in ("5x00a1b2c", "5x1ffffff", "7x0000000000001"):
+        share = int(hashlib.sha256(layout.encode()).hexdigest()[:8], 16) / 2**32
+        assert mazes.held_out(layout, 0.5) == (share < 0.5)
+
+
+def test_a_layout_is_known_by_its_cells_only(trees):
+    maze = trees[0]
+    moved = Maze(5, maze.open, maze.goal, maze.start)
+    assert moved.layout_id == maze.layout_id and moved.maze_id != maze.maze_id
+    assert len({m.layout_id for m in trees}) == len({m.open for m in trees})
+
+
+# Verifying
+
+
+@pytest.mark.parametrize("kind", SPOILS)
+def test_every_negative_fails_for_its_reason(trees, kind):
+    rng, n = random.Random(6), 0
+    expected = {"wall": "wall", "skip": "skip", "wronggoal": "goal"}[kind]
+    for maze in trees:
+        path = mazes.spoil(rng, maze, kind)
+        if path is not None:
+            n += 1
+            assert mazes.path_fault(maze, path) == expected
+            if kind == "wall":  # every step still looks allowed
+                assert nx.is_path(nx.grid_2d_graph(5, 5), path)
+                assert len(path) == len(mazes.solve(maze))
+            if kind == "wronggoal":
+                assert nx.is_path(graph(maze), path)
+    assert n > N / 2
+
+
+def test_path_faults_by_hand():
+    maze = Maze(3, frozenset({(0, 0), (0, 1), (0, 2), (1, 2)}), (0, 0), (1, 2))
+    right = [(0, 0), (0, 1), (0, 2), (1, 2)]
+    assert mazes.path_fault(maze, right) == ""
+    assert mazes.path_fault(maze, []) == "empty"
+    assert mazes.path_fault(maze, right[1:]) == "start"
+    assert mazes.path_fault(maze, right[:-1]) == "goal"
+    assert mazes.path_fault(maze, [(0, 0), (1, 0), (1, 1), (1, 2)]) == "wall"
+    assert mazes.path_fault(maze, [(0, 0), (0, 1), (1, 2)]) == "skip"
+    assert mazes.path_fault(maze, [(0, 0), (0, 1), (0, 0), *right[1:]]) == "repeat"
+
+
+def test_generated_mazes_hold_and_their_spoiled_versions_do_not(trees):
+    rng = random.Random(7)
+    for maze in trees[:60]:
+        path, further = mazes.another(rng, maze)
+        new = Maze(5, frozenset((*path, *further)), maze.start, maze.goal)
+        assert nx.is_tree(graph(new))
+        assert nx.shortest_path_length(graph(new), maze.start, maze.goal) == len(path) - 1
+        assert mazes.generated_fault(maze, path, further) == ""
+        if len(new.open) == 9:  # more only where the solution itself is long
+            assert mazes.generated_fault(maze, path, further[:-1]) == "number of cells"
+        assert mazes.generated_fault(maze, path[1:], further) == "start or goal"
+        assert mazes.generated_fault(maze, path, [*further, further[-1]]) == "repeat"
+        assert mazes.generated_fault(maze, path, [*further[:-1], (5, 0)]) == "outside"
+        assert mazes.generated_fault(maze, [], further) == "empty"
+        lone = next(c for c in itertools.product(range(5), range(5))
+                    if c not in new.open and not set(mazes.around(5)[c]) & new.open)  # fmt: skip
+        assert mazes.generated_fault(maze, path, [*further[:-1], lone]) == "no tree"
+
+
+def test_the_same_maze_again_is_no_new_maze(trees):
+    for maze in trees:
+        path = mazes.solve(maze)
+        further = [cell for cell in maze.open if cell not in path]
+        assert mazes.generated_fault(maze, path, further) == "same maze"
+
+
+def test_echoing_a_shape_maze_is_no_answer(shaped):
+    for maze in shaped:
+        assert mazes.shape_fault(maze, maze) == "same maze"
+        others = {name for name in SHAPES if name != maze.shape}
+        name = sorted(others)[0]
+        other = mazes.shape_maze(random.Random(8), name, maze.size)
+        assert mazes.shape_fault(maze, other) == "shape"
+
+
+# Concepts
+
+
+def test_concepts_are_what_networkx_counts(trees):
+    for maze in trees[:50]:
+        seen, open_graph = mazes.concepts(maze), graph(maze)
+        way = set(nx.shortest_path(open_graph, maze.start, maze.goal))
+        assert len(seen) == 25
+        for cell, names in seen.items():
+            assert ("wall" in names) == (cell not in maze.open) == ("path" not in names)
+            if cell in maze.open:
+                degree = open_graph.degree[cell]
+                assert ("dead_end" in names) == (degree == 1)
+                assert ("junction" in names) == (degree >= 3)
+                rows = {r for r, _ in open_graph[cell]} | {cell[0]}
+                columns = {c for _, c in open_graph[cell]} | {cell[1]}
+                bent = degree == 2 and len(rows) == 2 and len(columns) == 2
+                assert ("turn" in names) == bent
+                assert ("solution" in names) == (cell in way)
+        assert "start" in seen[maze.start] and "goal" in seen[maze.goal]
+        assert sum("start" in names for names in seen.values()) == 1
+
+
+# Text
+
+
+@pytest.mark.parametrize("style", maze_text.FORMATS)
+def test_what_is_rendered_is_parsed(trees, shaped, style):
+    for maze in (*trees[:40], *shaped):
+        noise = f"Here it is:\n{maze_text.render(maze, style)}\nSolve the maze."
+        assert maze_text.parse(noise, maze.shape) == maze
+
+
+def test_the_formats_say_the_same_in_other_signs(trees):
+    matrix, unusual = (maze_text.render(trees[0], style) for style in ("matrix", "unusual"))
+    assert matrix.translate(str.maketrans("10", "@*")) == unusual
+    with pytest.raises(BadInput, match="no maze format"):
+        maze_text.render(trees[0], "ascii")
+
+
+def test_the_player_and_the_goal_come_before_the_cells(trees):
+    text = maze_text.render(trees[0])
+    assert [line.split(":")[0] for line in text.splitlines()] == [
+        "Player",
+        "Goal",
+        "Walls",
+        "Empty",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a maze", "no maze found"),
+        ("1 0\nP G\n0 0", "no maze found"),
+        ("1 0 0\nP G 0\n0 G 0", "one player P and one goal G"),
+        ("Walls: (0,0)\nEmpty: (0,1)", "one player and one goal"),
+        ("Player: (0,1)\nGoal: (1,1)\nWalls: (0,0)\nEmpty: (0,1)", "no square grid"),
+    ],
+)
+def test_what_is_no_maze_is_refused(text, message):
+    with pytest.raises(BadInput, match=message):
+        maze_text.parse(text)
+
+
+def test_other_peoples_spelling_is_read():
+    text = "Walls: (0, 0), (1, 1)\nEmpty: (0, 1), (1, 0)\nPlayer position: (0, 1)\nGoal: (1, 0)"
+    assert maze_text.parse(text) == Maze(2, frozenset({(0, 1), (1, 0)}), (0, 1), (1, 0))
+
+
+# Questions, traces and records
+
+
+def test_right_answers_pass_and_others_do_not(trees, shaped):
+    rng = random.Random(9)
+    for maze in (*trees[:30], *shaped[:12]):
+        for task in (*TASKS, "lexical"):
+            record = ask(rng, maze, task, 1, False)
+            said = f"Well. {record.answer}"
+            if task == "generate" or maze.shape:
+                said = record.answer
+            assert reply_fault(record, said) == "", (task, record.answer)
+            assert reply_fault(record, "") == "format"
+            if task in ("solve", "recall", "lexical"):
+                assert reply_fault(record, "(9,9) (0,0)") != ""
+    no = ask(rng, trees[0], "recognize", 0, False, spoiled="skip")
+    assert reply_fault(no, "No.") == "" and reply_fault(no, "Yes") == "answer"
+    assert reply_fault(no, "Yes and No") == "format"
+
+
+def test_questions_about_one_maze_share_the_block(trees):
+    rng = random.Random(10)
+    block = maze_text.render(trees[0])
+    for task in (*TASKS, "lexical"):
+        for template in range(4):
+            assert ask(rng, trees[0], task, template, False).prompt.startswith(block)
+
+
+def test_a_shown_path_does_not_tell_the_task(trees):
+    """Lexical negatives that speak of a path show one too."""
+    shown = ask(random.Random(11), trees[0], "lexical", 4, False)
+    assert shown.path and shown.task == "recall" and shown.labels["requires_recognize"] == 0
+
+
+def test_labels_are_nested():
+    rng = random.Random(12)
+    maze = mazes.tree_maze(rng)
+    expected = {"recall": (0, 0, 0), "recognize": (1, 0, 0), "generate": (1, 1, 0),
+                "solve": (1, 1, 1)}  # fmt: skip
+    for task, labels in expected.items():
+        assert tuple(ask(rng, maze, task, 0, False).labels.values()) == labels
+    assert all(len(TEMPLATES[task]) >= 4 and len(SHAPE_TEMPLATES[task]) >= 4 for task in TASKS)
+
+
+def test_the_search_trace_finds_the_goal_and_backtracks_only_from_dead_ends(trees):
+    for maze in trees:
+        words = maze_traces.search(maze)
+        stack: list = []
+        for i, word in enumerate(words[:-1]):
+            if word == "back":
+                dead = stack.pop()
+                assert set(graph(maze)[dead]) <= set(seen)
+                assert words[i + 1] == f"({stack[-1][0]},{stack[-1][1]})"
+            else:
+                cell = maze_text.cells_in(word)[0]
+                if not stack:
+                    seen = [cell]
+                    stack = [cell]
+                elif words[i - 1] != "back":
+                    assert graph(maze).has_edge(stack[-1], cell)
+                    stack.append(cell)
+                    seen.append(cell)
+        assert words[-1] == "found" and stack == mazes.solve(maze)
+
+
+def test_the_check_trace_stops_at_the_fault(trees):
+    rng = random.Random(13)
+    for maze in trees[:40]:
+        path = mazes.solve(maze)
+        words = maze_traces.check(maze, path)
+        assert words.count("ok") == len(path) and words[-1] == "valid"
+        for kind in SPOILS:
+            if wrong := mazes.spoil(rng, maze, kind):
+                words = maze_traces.check(maze, wrong)
+                assert words.count("bad") == 1 and words[-2:] == ["bad", "invalid"]
+                good = maze_text.cells_in(" ".join(words))[:-1]
+                assert nx.is_path(graph(maze), good)
+
+
+def test_phases():
+    words = ["(0,0)", "(0,1)", "back", "(0,0)", "(1,0)", "found"]
+    assert maze_traces.phases(words) == ["explore", "explore", "backtrack", "backtrack", "explore",
+                                         "conclude"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expanded():
+    return maze_records.expand(maze_records.sample_mazes(24, 5, 0), (False, True))
+
+
+def test_expansion_is_balanced(expanded):
+    assert len(expanded) == 24 * 2 * maze_records.PER_MAZE
+    for thinking in (False, True):
+        for side in (False, True):
+            cell = [r for r in expanded if r.thinking == thinking and r.test == side]
+            tasks = [r.task for r in cell]
+            assert {task: tasks.count(task) for task in TASKS} == {
+                "solve": 24, "recognize": 24, "generate": 24, "recall": 72}  # fmt: skip
+            answers = [r.answer for r in cell if r.task == "recognize"]
+            assert answers.count("Yes") == answers.count("No") == 12
+            kinds = [r.negative_kind for r in cell if r.task == "recall"]
+            assert kinds.count("lexical") == kinds.count("recall")
+            spoiled = [r.negative_kind for r in cell if r.answer == "No"]
+            assert {kind: spoiled.count(kind) for kind in SPOILS} == dict.fromkeys(SPOILS, 4)
+    wordings = {r.template_id for r in expanded}
+    assert len(wordings) == sum(len(TEMPLATES[task]) for task in TEMPLATES)
+
+
+def test_both_modes_ask_the_same(expanded):
+    direct, thinking = ([r.prompt for r in expanded if r.thinking == mode]
+                        for mode in (False, True))  # fmt: skip
+    assert direct == thinking
+
+
+def test_layouts_keep_to_their_side_also_in_gold_answers(expanded):
+    for record in expanded:
+        if record.task == "generate":
+            new = Maze(5, frozenset(record.gold), record.maze.start, record.maze.goal)
+            assert mazes.held_out(new.layout_id) == record.test
+
+
+def test_records_survive_json(expanded, shaped):
+    import json
+
+    more = maze_records.expand(shaped[:6], (False,), "matrix")
+    for record in (*expanded, *more):
+        held = json.loads(json.dumps(maze_records.as_dict(record)))
+        assert maze_records.from_dict(held) == record
+
+
+# Other people's files
+
+
+def task_row(**changes) -> dict:
+    rng = random.Random(14)
+    maze = mazes.tree_maze(rng)
+    return {"maze_description": maze_text.render(maze, "matrix"), "question": "Solve the maze.",
+            "answer": "x", "enable_thinking": True, "maze_size": 5} | changes  # fmt: skip
+
+
+def test_a_task_file_of_the_first_plan_is_read():
+    [record], dropped = maze_records.from_plan([task_row()], "solve")
+    assert record.thinking and record.template_id == "solve.0" and not any(dropped.values())
+    assert record.gold == tuple(mazes.solve(record.maze))
+
+
+def test_paths_in_questions_are_judged():
+    rng = random.Random(14)
+    maze = mazes.tree_maze(rng)
+    wrong = mazes.spoil(rng, maze, "skip")
+    rows = [task_row(question=f"Is {maze_text.cells_text(path)} a solution?", answer=said)
+            for path, said in ((mazes.solve(maze), "True"), (wrong, "no"))]  # fmt: skip
+    found, _ = maze_records.from_plan(rows, "recognize")
+    assert [r.answer for r in found] == ["Yes", "No"]
+    assert [r.negative_kind for r in found] == ["", "skip"]
+
+
+def test_unsolvable_and_unreadable_mazes_are_counted():
+    rows = [task_row(), task_row(maze_description="P 1 0\n1 1 1\n0 1 G"),
+            task_row(maze_description="?")]  # fmt: skip
+    found, dropped = maze_records.from_plan(rows, "solve")
+    assert len(found) == 1 and dropped == {"unreadable maze": 1, "no solution": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "message"),
+    [
+        ({}, "solve", "a list of tasks is wanted"),
+        ([], "solve", "a list of tasks is wanted"),
+        ([{"question": "?"}], "solve", "task 0 has no maze_description and no answer"),
+        ([task_row()], "draw", "no task 'draw'"),
+        ([task_row(question="Is (0,0) (0,1) right?", answer="maybe")], "recognize", "Yes or No"),
+        ([task_row(maze_description="?")], "solve", "no task is left"),
+    ],
+)
+def test_malformed_task_files_get_one_line(rows, task, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        maze_records.from_plan(rows, task)
+    assert "\n" not in str(caught.value)
