@@ -27,7 +27,8 @@ LAYERS = (
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
-     "circuits", "generate", "maze_prompts", "series", "divergence", "perturb"},
+     "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
+     "concepts"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},
