@@ -24,7 +24,7 @@ PER_MAZE = 12
 def sample_mazes(n: int, size: int, seed: int, family: str = "path") -> list[Maze]:
     """n mazes, alternately of the training and of the test side, of n layouts. Raises BadInput.
 
-    Every recognize negative is possible in them. Shape mazes go through the shapes in turn; their
+    All questions can be asked about them. Shape mazes go through the shapes in turn; their
     layouts may repeat, for a small grid has few.
     """
     rng = random.Random(f"mazes {seed}")
@@ -37,7 +37,7 @@ def sample_mazes(n: int, size: int, seed: int, family: str = "path") -> list[Maz
             found[f"{len(found)}"] = maze
             continue
         maze = mazes.tree_maze(rng, size, test)
-        if all(mazes.spoil(rng, maze, kind) for kind in SPOILS):
+        if all(mazes.spoil(rng, maze, kind) for kind in SPOILS) and mazes.another(rng, maze, test):
             found.setdefault(maze.layout_id, maze)
     return list(found.values())
 

@@ -174,11 +174,14 @@ def ask(
         right = "No" if spoiled else "Yes"
         return Record(**given, path=tuple(path), negative_kind=spoiled, answer=right)
     if maze.shape:
-        other = mazes.shape_maze(rng, maze.shape, maze.size, test)
-        while mazes.shape_fault(maze, other):
-            other = mazes.shape_maze(rng, maze.shape, maze.size, test)
+        drawn = (mazes.shape_maze(rng, maze.shape, maze.size, test) for _ in range(mazes.TRIES))
+        other = next((new for new in drawn if not mazes.shape_fault(maze, new)), None)
+        if other is None:  # the only layout of its shape on that side
+            return None
         return Record(**given, answer=render(other, style))
-    path, further = mazes.another(rng, maze, test)
+    if (drawn := mazes.another(rng, maze, test)) is None:
+        return None
+    path, further = drawn
     answer = f"Path: {cells_text(path)} Empty: {cells_text(further)}"
     return Record(**given, answer=answer, gold=(*path, *further))
 

@@ -24,6 +24,7 @@ Cell = tuple[int, int]
 FOUR = ((-1, 0), (0, -1), (0, 1), (1, 0))
 EIGHT = tuple((r, c) for r in (-1, 0, 1) for c in (-1, 0, 1) if (r, c) != (0, 0))
 N_OPEN = (9, 14)  # open cells of a 5x5 tree maze; other sizes in proportion
+TRIES = 200
 SPOILS = ("wall", "skip", "wronggoal")
 SHAPES = ("square", "cross", "spiral", "triangle", "C", "Z")
 CONCEPTS = ("wall", "path", "turn", "dead_end", "junction", "solution", "start", "goal")
@@ -139,13 +140,14 @@ def walk(rng: random.Random, size: int, start: Cell, goal: Cell, steps: int) -> 
 
 def another(
     rng: random.Random, maze: Maze, test: bool | None = None
-) -> tuple[list[Cell], list[Cell]]:
+) -> tuple[list[Cell], list[Cell]] | None:
     """A new tree maze as `generated_fault` asks: its solution and its further cells as they grow.
 
     It has the fewest open cells that are allowed. test: only layouts of that side of the split.
+    None where none is found: of the longest solutions there are only a few layouts.
     """
     steps = len(solve(maze)) - 1
-    while True:
+    for _ in range(TRIES):
         path = walk(rng, maze.size, maze.start, maze.goal, steps)
         cells = grow(rng, maze.size, max(sizes(maze.size)[0], len(path) + 1), path)
         layout = Maze(maze.size, frozenset(cells), maze.start, maze.goal).layout_id
@@ -188,13 +190,13 @@ def tree_maze(rng: random.Random, size: int = 5, test: bool | None = None) -> Ma
 
 def distances(maze: Maze, start: Cell) -> dict[Cell, int]:
     """Steps from a cell to every open cell that can be reached, nearest first."""
-    found, queue = {start: 0}, deque([start])
+    near, found, queue = around(maze.size, maze.moves), {start: 0}, deque([start])
     while queue:
         cell = queue.popleft()
-        for near in maze.neighbours(cell):
-            if near not in found:
-                found[near] = found[cell] + 1
-                queue.append(near)
+        for ahead in near[cell]:
+            if ahead in maze.open and ahead not in found:
+                found[ahead] = found[cell] + 1
+                queue.append(ahead)
     return found
 
 
@@ -203,13 +205,18 @@ def solve(maze: Maze) -> list[Cell]:
 
     Raises BadInput for a maze that has none.
     """
+    return list(_solution(maze))
+
+
+@lru_cache(maxsize=4096)  # every question about a maze needs it
+def _solution(maze: Maze) -> tuple[Cell, ...]:
     steps = distances(maze, maze.goal)
     if maze.start not in steps:
         raise BadInput(f"maze {maze.maze_id} has no way from the player to the goal: leave it out")
     path = [maze.start]
     while path[-1] != maze.goal:
         path.append(next(n for n in maze.neighbours(path[-1]) if steps[n] == steps[path[-1]] - 1))
-    return path
+    return tuple(path)
 
 
 def is_tree(size: int, cells: Iterable[Cell]) -> bool:

@@ -318,6 +318,7 @@ def test_the_search_trace_finds_the_goal_and_backtracks_only_from_dead_ends(tree
     for maze in trees:
         words = maze_traces.search(maze)
         stack: list = []
+        seen: list = []
         for i, word in enumerate(words[:-1]):
             if word == "back":
                 dead = stack.pop()
@@ -325,11 +326,8 @@ def test_the_search_trace_finds_the_goal_and_backtracks_only_from_dead_ends(tree
                 assert words[i + 1] == f"({stack[-1][0]},{stack[-1][1]})"
             else:
                 cell = maze_text.cells_in(word)[0]
-                if not stack:
-                    seen = [cell]
-                    stack = [cell]
-                elif words[i - 1] != "back":
-                    assert graph(maze).has_edge(stack[-1], cell)
+                if words[i - 1] != "back" or not i:
+                    assert not stack or graph(maze).has_edge(stack[-1], cell)
                     stack.append(cell)
                     seen.append(cell)
         assert words[-1] == "found" and stack == mazes.solve(maze)

@@ -6,7 +6,6 @@ and ends in the same weights. Layouts of the held-out side are never shown. The 
 answer and the trace only. Matrices are trained by Muon, the rest by AdamW.
 """
 
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -22,9 +20,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lens_utils import files, generate, models  # noqa: E402
+from lens_utils import files, generate, maze_prompts, models  # noqa: E402
 from lens_utils import maze_tasks as tasks  # noqa: E402
-from lens_utils import maze_traces as traces  # noqa: E402
 from lens_utils.maze_text import cells_text  # noqa: E402
 from lens_utils.mazes import SPOILS, tree_maze  # noqa: E402
 from lens_utils.registry import ModelSpec  # noqa: E402
@@ -102,7 +99,7 @@ def tokenizer(size: int) -> PreTrainedTokenizerFast:
 
     pattern = r"\(\d+,\d+\)|[A-Za-z_]+|\d+|[^\sA-Za-z0-9]"
     texts = [text for texts in tasks.TEMPLATES.values() for text in texts]
-    texts += ["Player: Goal: Walls: Empty: Path: user assistant system Yes No"]
+    texts += ["Player: Goal: Walls: Empty: Path: user assistant system Yes No"]  # and the traces'
     texts += ["back found ok bad valid invalid new"]
     splitter = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
     words = {w for text in texts for w, _ in splitter.pre_tokenize_str(text)}
@@ -132,18 +129,6 @@ def build(tok: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def trace(record: tasks.Record) -> list[str]:
-    """The words that the organism learns to think."""
-    if record.task == "solve":
-        return traces.search(record.maze)
-    if record.task == "recognize":
-        return traces.check(record.maze, record.path)
-    if record.task == "generate":
-        n = len(traces.solve(record.maze))
-        return traces.plan(record.maze, record.gold[:n])
-    return ["found"]
-
-
 def question(rng: random.Random, size: int, test: bool) -> tasks.Record:
     """A random question."""
     while True:
@@ -164,7 +149,7 @@ def encode(tok: PreTrainedTokenizerFast, record: tasks.Record) -> tuple[list[int
         [{"role": "user", "content": record.prompt}],
         tokenize=False, add_generation_prompt=True, enable_thinking=record.thinking,
     )  # fmt: skip
-    thought = f"<think> {' '.join(trace(record))} </think> " if record.thinking else ""
+    thought = f"<think> {' '.join(maze_prompts.trace(record))} </think> " if record.thinking else ""
     before = tok.encode(asked)
     return before + tok.encode(f"{thought}{record.answer}<|im_end|>"), len(before)
 
