@@ -142,47 +142,44 @@ def test_sets_hold_planted_neurons_and_only_those(made):
     assert (null < 0.05).mean() > 0.04
 
 
+def downs(plain):
+    """The down projections of a plain model's MLPs, whatever it calls them."""
+    ends = ("down_proj", "dense_4h_to_h", "mlp.c_proj")
+    return [m for n, m in plain.named_modules() if n.endswith(ends) and "vision" not in n]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_activations_at_tokens_against_plain_hooks(arch, tiny):
-    """Rows of three lengths, padded; the embedding's output, one row at a time."""
+def test_neurons_at_tokens_read_and_silenced(arch, tiny):
+    """Rows of three lengths, padded, against a plain model one row at a time; then two neurons set
+    to their stratum's value at some tokens, against the same edit before the down projection."""
     model, plain = wrap(tiny(arch), None, ModelSpec(arch, arch)), tiny(arch)
     rows = [[5, 9, 3, 7], [8, 6], [4, 4, 12, 30, 31]]
     at = [[3, 0], [], [4, 1, 2]]
     name = "blocks.1.mlp.hook_post"
     found = concepts.at_tokens(model, rows, at, [name], batch_size=2)[name]
-    downs = [m for n, m in plain.named_modules() if n.endswith(("down_proj", "dense_4h_to_h",
-             "mlp.c_proj")) and "vision" not in n]  # fmt: skip
     held = []
-    downs[1].register_forward_pre_hook(lambda m, args: held.append(args[0][0]))
+    handle = downs(plain)[1].register_forward_pre_hook(lambda m, args: held.append(args[0][0]))
     with torch.no_grad():
         for row in rows:
             plain(torch.tensor([row]))
+    handle.remove()
     expected = torch.cat([held[i][p] for i, p in enumerate(at)])
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
 
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_silenced_neurons_by_plain_hooks(arch, tiny):
-    """Two neurons at their stratum's value, at some tokens; logits of the same edit on the
-    input of a plain model's down projection."""
-    model, plain = wrap(tiny(arch), None, ModelSpec(arch, arch)), tiny(arch)
-    ids = torch.tensor([[5, 9, 3, 7]])
+    ids = torch.tensor([rows[0]])
     stratum = torch.tensor([[-1, 1, 0, -1]])
     values = torch.tensor([[0.5, -1.0], [2.0, 3.0]])
     write = concepts.silence(torch.tensor([4, 11]), values, stratum)
-    with torch.no_grad():
-        found = model.bridge.run_with_hooks(ids, fwd_hooks=[("blocks.1.mlp.hook_post", write)])
-    downs = [m for n, m in plain.named_modules() if n.endswith(("down_proj", "dense_4h_to_h",
-             "mlp.c_proj")) and "vision" not in n]  # fmt: skip
 
     def edit(module, args):
         x = args[0].clone()
         x[0, 1, [4, 11]], x[0, 2, [4, 11]] = values[1], values[0]
         return (x,)
 
-    downs[1].register_forward_pre_hook(edit)
+    downs(plain)[1].register_forward_pre_hook(edit)
     with torch.no_grad():
-        torch.testing.assert_close(found, plain(ids).logits, atol=3e-4, rtol=1e-3)
+        edited = model.bridge.run_with_hooks(ids, fwd_hooks=[(name, write)])
+        torch.testing.assert_close(edited, plain(ids).logits, atol=3e-4, rtol=1e-3)
 
 
 def test_virtual_weights_by_hand(tiny):
