@@ -186,7 +186,11 @@ def estimate(value: float, draws: Float[ndarray, " draw"], n: int) -> Estimate:
 
 
 def depth(curve: Curve, seed: int = 0) -> Estimate:
-    """Centre of mass of a curve, in percent of depth, with its interval; n counts layers."""
+    """Centre of mass of a curve, in percent of depth, with its interval; n counts layers.
+
+    Noise in layers that have no part pulls the centre towards the middle. Between two curves of the
+    same noise that pull cancels (`deeper`); a single depth is not free of it.
+    """
     draws = centre(resampled(curve, seed))
     return estimate(float(centre(curve.value)), draws, len(curve.value))
 

@@ -175,6 +175,17 @@ def test_intervals_of_depth_hold_what_they_say():
     assert 0.89 <= held / 200 <= 0.99
 
 
+@pytest.mark.parametrize("truth", [np.zeros(6), np.array([1, 0.2, 0, 0, 0, 0])])
+def test_curves_of_one_ability_are_rarely_told_apart(truth):
+    """Two noisy measurements of one curve, also of nothing: their gap is seldom above zero."""
+    rng, wide, times, told = np.random.default_rng(5), 0.2, 200, 0
+    for n in range(times):
+        one, other = (truth + wide * rng.standard_normal(6) for _ in range(2))
+        curves = [Curve(v, v - 1.96 * wide, v + 1.96 * wide) for v in (one, other)]
+        told += synthesis.by_interval(synthesis.deeper(curves[:1], curves[1:], n)) == "supported"
+    assert told / times <= 0.025 + 3 * math.sqrt(0.025 / times)
+
+
 # Verdicts
 
 
