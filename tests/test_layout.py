@@ -23,12 +23,13 @@ LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
      "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
-     "fused", "graphs", "mazes", "maze_text", "maze_tasks", "maze_traces", "maze_records"},
+     "fused", "graphs", "mazes", "maze_text", "maze_tasks", "maze_traces", "maze_records",
+     "probes", "probe_scores", "synthesis"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
      "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
-     "concepts"},
+     "concepts", "probe_readings", "dape", "neuron_sets", "traces"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},
@@ -274,5 +275,7 @@ def test_notebooks_are_clean(notebook):
     assert "papermill" not in json.loads(notebook.read_text(encoding="utf-8"))["metadata"]
     tagged = [c["source"] for c in code if "parameters" in c["metadata"].get("tags", ())]
     assert len(tagged) == 1
-    assert re.fullmatch(rf'run_dir = "\.\./outputs/{notebook.stem}/smol(-quick)?"', tagged[0])
+    assert re.fullmatch(
+        rf'run_dir = "\.\./outputs/{notebook.stem}/(smol|maze-organism)(-quick)?"', tagged[0]
+    )
     assert sum(len(c["source"].split()) for c in cells(notebook, "markdown")) > 20, "prose"
