@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray
 from scipy import stats
 from torch import Tensor
@@ -281,7 +281,7 @@ def lape(
 def draws(
     label: Int[ndarray, " sample"],
     group: Int[ndarray, " sample"],
-    cluster: Int[ndarray, " sample"],
+    cluster: Shaped[ndarray, " sample"],
     region: str,
     n_shuffles: int = 0,
     n_resamples: int = 0,
@@ -294,12 +294,12 @@ def draws(
     rng, inside = np.random.default_rng(seed), np.flatnonzero(label >= 0)
     n, number = 3 + n_shuffles + n_resamples, np.unique(cluster, return_inverse=True)[1]
     labels = np.tile(label.astype(np.int8), (n, 1))
-    times = np.ones((n, len(label)), np.uint8)
+    times = np.ones((n, len(label)), np.int16)
     base = inside[np.argsort(group[inside], kind="stable")]
     for draw in range(1, 1 + n_shuffles):
         mixed = inside[np.lexsort((rng.random(len(inside)), group[inside]))]
         labels[draw, base] = label[mixed]
-    n_clusters = number.max() + 1 if len(number) else 0
+    n_clusters = int(number.max()) + 1
     for draw in range(1 + n_shuffles, n - 2):
         drawn = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters))
         times[draw] = drawn[number]

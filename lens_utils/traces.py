@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from numpy import ndarray
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def paired(
     model: LoadedModel,
     rows: Sequence[Sequence[int]],
     pairs: Sequence[Sequence[Pair]],
-    cluster: Int[ndarray, " sample"],
+    cluster: Shaped[ndarray, " sample"],
     n_flips: int = 0,
     seed: int = 0,
 ) -> Paired:
@@ -147,27 +147,28 @@ def paired(
     squares, higher = (torch.zeros(shape, device=device) for _ in range(2))
     inside = [i for i in range(len(rows)) if pairs[i]]
     for at, values in dape.batches(model, [rows[i] for i in inside], "value"):
-        samples = [inside[i] for i in at]
-        width = values[0].shape[1]
-        means = torch.zeros(2, sum(len(pairs[i]) for i in samples), len(at), width)
-        owner = [n for n, i in enumerate(samples) for _ in pairs[i]]
-        for n, (row, pair) in enumerate(
-            zip(owner, (p for i in samples for p in pairs[i]), strict=True)
-        ):
-            for side in (0, 1):
-                means[side, n, row, list(pair[side])] = 1 / len(pair[side])
-        average = torch.zeros(len(at), len(owner))
-        average[owner, range(len(owner))] = 1.0
-        average /= average.sum(1, keepdim=True)
-        sign = signs[:, samples].to(device)
-        flat = means.flatten(2).to(device)
+        listed = [(row, pair) for row, i in enumerate(at) for pair in pairs[inside[i]]]
+        owner = torch.tensor([row for row, _ in listed])
+        average = torch.zeros(len(at), len(listed))
+        average[owner, torch.arange(len(listed))] = 1.0
+        average = (average / average.sum(1, keepdim=True)).to(device)
+        sign = signs[:, [inside[i] for i in at]].to(device)
         for layer, x in enumerate(values):
-            one, other = (side @ x.float().flatten(0, 1) for side in flat.to(x.device))
-            gap = (average.to(x.device) @ (one - other)).to(device)
+            one, other = (_at(x.float(), listed, side) for side in (0, 1))
+            gap = average @ (one - other).to(device)
             total[:, layer] += sign @ gap
             squares[layer] += gap.square().sum(0)
             higher[layer] += ((one > other).float() + 0.5 * (one == other)).sum(0).to(device)
     return Paired(total.cpu(), squares.cpu(), higher.cpu(), len(inside), n_pairs)
+
+
+def _at(x: Tensor, listed: Sequence[tuple[int, Pair]], side: int) -> Float[Tensor, "pair neuron"]:
+    """Mean value at one side's positions of every (row, pair)."""
+    where = [(n, row, p) for n, (row, pair) in enumerate(listed) for p in pair[side]]
+    number, row, position = torch.tensor(where, device=x.device).unbind(1)
+    found = torch.zeros(len(listed), x.shape[-1], device=x.device)
+    found.index_add_(0, number, x[row, position])
+    return found / torch.bincount(number)[:, None]
 
 
 def flip_p(found: Paired) -> Float[Tensor, "layer neuron"]:
