@@ -125,6 +125,18 @@ def test_a_seed_means_the_same_text(tiny):
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_a_batch_draws_as_one_prompt_alone_does(tiny):
+    """One row has the draws of `stream`; several have their own; a narrow nucleus is greedy."""
+    model = wrap(tiny("llama"), None, SPEC)
+    settings = {"max_new_tokens": 8, "temperature": 1.5, "seed": 3}
+    [alone] = answers(model, ROWS[:1], **settings)
+    assert ids_of(alone) == ids_of(stream(model, ROWS[0], **settings))
+    [other] = answers(model, ROWS[:1], **settings | {"seed": 4})
+    assert ids_of(other) != ids_of(alone)
+    narrow = answers(model, ROWS, **settings, top_p=1e-6)
+    assert [*map(ids_of, narrow)] == [*map(ids_of, answers(model, ROWS, max_new_tokens=8))]
+
+
 def test_drawing_leaves_the_global_generator_alone(tiny):
     model = wrap(tiny("llama"), None, SPEC)
     before = torch.get_rng_state()
