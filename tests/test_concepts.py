@@ -1,8 +1,11 @@
 """Concepts per token: against scikit-learn, SciPy, explicit loops and plain models."""
 
+import importlib
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ARCHS
@@ -10,7 +13,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
-from lens_utils import concepts
+from lens_utils import concepts, provenance
 from lens_utils.errors import BadInput
 from lens_utils.models import wrap
 from lens_utils.registry import ModelSpec
@@ -228,3 +231,42 @@ def test_bad_input_is_one_line(made, tiny):
     model = wrap(tiny("llama"), None, ModelSpec("l", "l"))
     with pytest.raises(BadInput, match="outside its prompt"):
         concepts.at_tokens(model, [[1, 2]], [[2]], ["hook_embed"])
+
+
+# The tables of 015, on made-up readings whose answer is known
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(provenance.EXPERIMENTS / "015_concept_circuits"))
+    return importlib.import_module("concept_tables")
+
+
+def test_edges_beyond_random_sets_are_kept_and_only_those(tables):
+    rng, rows = np.random.default_rng(0), []
+    for target, draw in itertools.product(range(30), range(-1, 20)):
+        lost = 0.5 if target == 3 and draw == -1 else 0.02 * rng.normal()
+        rows.append({"source": "solution", "layer": 1, "target": f"t{target}", "target_layer": 2,
+                     "draw": draw, "clean": 2.0, "lost": lost, "mazes": 5})  # fmt: skip
+    found = tables.edges(pd.DataFrame(rows)).set_index("target")
+    assert found.index[found.kept].tolist() == ["t3"]
+    assert found.share["t3"] == pytest.approx(0.25) and found.draws["t3"] == 20
+    assert not len(tables.edges(pd.DataFrame(columns=["draw"])))
+
+
+def test_sets_are_of_open_cells_concepts_and_capped(tables):
+    """Planted: 6 neurons for `solution` in layer 1, of 40; at most a tenth is taken."""
+    d = torch.zeros(2, 2, 8, 40)
+    p = torch.ones(2, 2, 8, 40)
+    at = list(concepts_in_order(tables)).index("solution")
+    d[1, 0, at, [3, 5, 7, 9, 11, 13]] = torch.tensor([0.6, -2.0, 0.9, 1.0, 1.2, 0.7])
+    p[1, 0, at, [3, 5, 7, 9, 11, 13]] = 1e-9
+    d[:, :, 0], p[:, :, 0] = 3.0, 1e-9  # walls: trivial, in no set
+    cfg = SimpleNamespace(effect_floor=0.5, largest_set=0.1)
+    (found,) = tables.sets({"d": d, "p": p}, cfg)
+    assert (found["layer"], found["concept"], found["all"]) == (1, "solution", 6)
+    assert found["neurons"] == [5, 11, 9, 7] and found["signs"] == [-1, 1, 1, 1]
+
+
+def concepts_in_order(tables):
+    return tables.CONCEPTS

@@ -1,12 +1,16 @@
 """Ablating layers' contributions: against plain hooks on Hugging Face models, and by hand."""
 
+import importlib
 import itertools
+from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ARCHS
 
-from lens_utils import generate
+from lens_utils import generate, provenance
 from lens_utils import layer_ablation as ablate
 from lens_utils.errors import BadInput
 from lens_utils.layer_ablation import Ablation
@@ -250,3 +254,108 @@ def test_bad_input_is_one_line(loaded):
         ablate.texts(model, [[1] * 60], [[2] * 9], [0])
     with pytest.raises(BadInput, match="zero, mean"):
         ablate.checked("noise")
+
+
+# The tables of 012, on made-up scores whose answer is known
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(provenance.EXPERIMENTS / "012_layer_ablation"))
+    return importlib.import_module("contribution_tables")
+
+
+def made_up(costs, n=20, noise=0.05):
+    """Scores of one task in which half of layer k costs costs[k] nats, on both halves."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(2 * n):
+        half = ("choose", "test")[i % 2]
+        about = {"id": i, "maze_id": f"m{i}", "half": half, "task": "solve", "mode": "direct"}
+        about |= {"part": "both", "kind": "mean", "where": "everywhere"}
+        base = -0.1 + noise * rng.normal()
+        whole = about | {"answer": base, "logp": base, "exact": True, "seed": 0}
+        rows.append(whole | {"layer": 0, "ratio": 0.0})
+        for layer, (seed, ratio) in itertools.product(range(len(costs)), ((0, 0.5), (1, 0.5))):
+            drop = costs[layer] + noise * rng.normal()
+            gone = {"logp": base - drop, "answer": base - drop, "exact": i % 10 < 8, "seed": seed}
+            rows.append(about | gone | {"layer": layer, "ratio": ratio})
+    return pd.DataFrame(rows)
+
+
+def test_critical_layers_stand_out_on_both_halves(tables):
+    scan = made_up([2.0, 0.1, 0.1, 0.1])
+    found = tables.critical(scan).set_index("layer")
+    assert found.critical.tolist() == [True, False, False, False]
+    assert found.logp_mean[0] == pytest.approx(2.0, abs=0.1)
+    assert found.points_mean[1] == pytest.approx(20) and found.over_15.all()
+    # Not critical: what stands out where it is chosen only, and what is like all the others.
+    one = scan.copy()
+    one.loc[(one.half == "test") & (one.layer == 0) & (one.ratio > 0), "logp"] = -0.12
+    assert not tables.critical(one).critical[0]
+    assert not tables.critical(made_up([1.0, 1.0, 1.0])).critical.any()
+    drops = tables.drops(scan)
+    test = drops[(drops.half == "test") & (drops.layer == 0) & (drops.ratio == 0.5)].iloc[0]
+    own = scan[(scan.half == "test")]
+    base = own[own.ratio == 0].set_index("id").logp
+    each = own[(own.ratio == 0.5) & (own.layer == 0)]
+    expected = (base.reindex(each.id).to_numpy() - each.logp).mean()
+    assert test["mean"] == pytest.approx(expected) and test.low < test["mean"] < test.high
+
+
+def crossing(costs, random=0.1):
+    """Scores without sets of heads: costs[of][on]; random sets cost a little of everything."""
+    rng, rows = np.random.default_rng(1), []
+    for i, task in itertools.product(range(12), costs):
+        about = {"id": f"{i} {task}", "maze_id": f"m{i}", "task": task, "mode": "direct"}
+        base = -0.1 + 0.01 * rng.normal()
+        rows.append(about | {"set": "none", "ability": "", "choice": "", "draw": -1, "logp": base})
+        for of, choice, draw in itertools.product(costs, ("needed", "own"), range(-1, 20)):
+            cost = costs[of][task] if draw < 0 else random
+            one = {"set": f"{of} {choice} {draw}", "ability": of, "choice": choice, "draw": draw}
+            rows.append(about | one | {"logp": base - cost - 0.01 * rng.normal()})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("costs", "double", "hierarchy"),
+    [
+        # each its own; all alike; solve needs what recognize needs, and not the other way round
+        ({"recognize": {"recognize": 2.0, "solve": 0.1},
+          "solve": {"recognize": 0.1, "solve": 2.0}}, True, False),
+        ({"recognize": {"recognize": 1.0, "solve": 1.0},
+          "solve": {"recognize": 1.0, "solve": 1.0}}, False, False),
+        ({"recognize": {"recognize": 2.0, "solve": 1.5},
+          "solve": {"recognize": 0.1, "solve": 2.0}}, True, True),
+    ],
+)  # fmt: skip
+def test_dissociations_and_hierarchies_as_planted(tables, costs, double, hierarchy):
+    without = crossing(costs)
+    crossed = tables.crossed(without)
+    row = crossed[(crossed.ability == "recognize") & (crossed.choice == "own")
+                  & (crossed.task == "solve")].iloc[0]  # fmt: skip
+    assert row["drop"] == pytest.approx(costs["recognize"]["solve"], abs=0.02)
+    assert row.random == pytest.approx(0.1, abs=0.02) and row.sets == 20
+    (pair,) = tables.pairs(without, crossed).query("choice == 'own'").to_dict("records")
+    assert (pair["lower"], pair["upper"]) == ("recognize", "solve")
+    assert (pair["double_dissociation"], pair["hierarchy"]) == (double, hierarchy)
+
+
+def test_sets_of_heads_are_those_that_cost_most(tables):
+    """Head 2 of layer 1 serves solve only, head 0 of layer 0 both."""
+    rows = []
+    for task, layer, head in itertools.product(("solve", "recognize"), range(-1, 4), range(4)):
+        if layer < 0 and head:
+            continue
+        cost = 3.0 * ((layer, head) == (0, 0)) + (task == "solve") * ((layer, head) == (1, 2))
+        place = {"layer": layer, "head": head if layer >= 0 else -1}
+        about = {"id": task, "task": task, "mode": "direct"}
+        rows.append(about | place | {"logp": -cost - 0.01 * max(layer, 0)})
+    cfg = SimpleNamespace(quick=False, random_sets=20, seed=0)
+    found = {one["set"]: one for one in tables.head_sets(pd.DataFrame(rows), (4, 4), cfg)}
+    assert found["solve, needed"]["heads"] == [(0, 0), (1, 2)]
+    assert found["solve, own"]["heads"][0] == (1, 2)
+    assert found["none"]["heads"] == []
+    draws = [one for one in found.values() if one["ability"] == "solve" and one["draw"] >= 0]
+    assert len(draws) == 40
+    assert all(sorted(layer for layer, _ in one["heads"]) == [0, 1] for one in draws
+               if one["choice"] == "needed")  # fmt: skip

@@ -21,7 +21,7 @@ from lens_utils.maze_records import from_dict
 from lens_utils.maze_tasks import ABILITIES, reply_fault
 from lens_utils.models import LoadedModel
 
-MAZES, QUICK_MAZES = 48, 4
+MAZES, QUICK_MAZES = 32, 4
 QUICK_GREEDY = 2
 RATIOS, QUICK_RATIOS = "0,0.25,0.5,0.75,1", "0,0.5,1"
 TOKENS = 6144  # of one forward pass, padding included

@@ -21,14 +21,15 @@ from lens_utils.maze_records import from_dict
 from lens_utils.maze_text import cells_in, cells_text
 from lens_utils.models import LoadedModel
 
-FITTED, QUICK_FITTED = 400, 60
-EDGES, QUICK_EDGES = 48, 12
-QUICK_SETS = 4
-QUESTIONS, QUICK_QUESTIONS = 16, 4  # mazes whose answers are scored
+FITTED, QUICK_FITTED = 300, 60
+EDGES, QUICK_EDGES = 24, 8
+QUICK_SETS = 3
+QUESTIONS, QUICK_QUESTIONS = 12, 3  # mazes whose answers are scored
 BYTES = 2**29  # of the activations held at once
 EVERYWHERE = ("wall", "path")  # asked of all cells; the others of open ones
 KINDS = ("post", "gate")
 VIRTUAL_DRAWS = 200
+ALL = "all neurons"
 
 
 def passing(gate: dict[str, Any]) -> list[str]:
@@ -328,7 +329,10 @@ class Session:
         return ablate.hook(layer, "mlp.hook_post"), write
 
     def answers(self, sets, held, records: Sequence[dict], gate: dict) -> pd.DataFrame:
-        """What right answers lose, direct, with a concept's sets silenced in all layers."""
+        """What right answers lose, direct, with a concept's sets silenced in all layers.
+
+        The concept "all neurons" is the most that silencing at these tokens can do: every neuron.
+        """
         wanted = [a for a in (*maze_tasks.ABILITIES, "recall") if a != "generate"
                   and gate.get(a, {}).get("direct", {}).get("passes")]  # fmt: skip
         asked = [h for h in records if h["task"] in wanted and h["split"] == "test"
@@ -359,16 +363,22 @@ class Session:
             return ablate.mean_over(scores.logp, given, "answer").cpu()
 
         base, found = scored([]), []
+
+        def lose(concept: str, draw: int, gone: list) -> list[dict]:
+            hooks = [self._silenced(layer, neurons, held, place) for layer, neurons in gone]
+            lost = (base - scored(hooks)).tolist()
+            about = {"concept": concept, "draw": draw}
+            return [about | {"maze_id": h["maze_id"], "task": h["task"], "lost": x}
+                    for h, x in zip(asked, lost, strict=True)]  # fmt: skip
+
         for concept in dict.fromkeys(s["concept"] for s in sets):
             own = [s for s in sets if s["concept"] == concept]
             draws = list(zip(*(self._random(s, held) for s in own), strict=True))
             for draw, chosen in enumerate([[s["neurons"] for s in own], *draws]):
-                hooks = [self._silenced(s["layer"], neurons, held, place)
-                         for s, neurons in zip(own, chosen, strict=True)]  # fmt: skip
-                lost = (base - scored(hooks)).tolist()
-                found += [{"concept": concept, "draw": draw - 1, "maze_id": h["maze_id"],
-                           "task": h["task"], "lost": x}
-                          for h, x in zip(asked, lost, strict=True)]  # fmt: skip
+                gone = [(s["layer"], at) for s, at in zip(own, chosen, strict=True)]
+                found += lose(concept, draw - 1, gone)
+        every = list(range(self.model.bridge.cfg.d_mlp))
+        found += lose(ALL, -1, [(layer, every) for layer in range(self.n_layers)])
         return pd.DataFrame(found)
 
 

@@ -105,13 +105,16 @@ def edges(causal: pd.DataFrame) -> pd.DataFrame:
 
 
 def behaviour(lost: pd.DataFrame) -> pd.DataFrame:
-    """What right answers lose without a concept's sets, against matched random sets."""
+    """What right answers lose without a concept's sets, against matched random sets.
+
+    All neurons together have no random sets to be compared with: their excess is the loss.
+    """
     rows = []
     for (concept, task), group in lost.groupby(["concept", "task"], sort=True):
         by_maze = group.pivot_table(index="maze_id", columns="draw", values="lost")
         own, random = by_maze[-1], by_maze.drop(columns=-1)
         cost, draws = stats.mean_ci(own.to_numpy()), random.mean()
-        more = stats.mean_ci((own - random.mean(axis=1)).to_numpy())
+        more = stats.mean_ci((own - (random.mean(axis=1) if len(draws) else 0)).to_numpy())
         rows.append(
             {"concept": concept, "task": task, "lost": cost["value"], "low": cost["low"]}
             | {"high": cost["high"], "n": cost["n"], "random": draws.mean()}
@@ -191,7 +194,8 @@ def summarise(
         found["the same of all edges"] = float((edges.source == edges.target).mean())
     solve = behaviour[behaviour.task == "solve"]
     for row in solve.itertuples():
-        found[f"answers to solve without the {row.concept} sets, more than random (nats)"] = (
-            Estimate(value=row.excess_value, low=row.excess_low, high=row.excess_high, n=row.n)
+        name = f"the {row.concept} sets, more than random" if row.sets else row.concept
+        found[f"answers to solve lose without {name} (nats)"] = Estimate(
+            value=row.excess_value, low=row.excess_low, high=row.excess_high, n=row.n
         )
     return found

@@ -21,11 +21,11 @@ class Config(BaseConfig):
     model: str = "maze-organism"
     """A name from `./lab models`, a hub id, a folder, a .gguf file or a checkpoint (@revision)."""
     max_samples: int = 0
-    """Mazes to fit on; half as many are held out. 0 is 400 (a quick run takes 60)."""
+    """Mazes to fit on; half as many are held out. 0 is 300 (a quick run takes 60)."""
     edge_mazes: int = 0
-    """Held-out mazes on which sets of neurons are silenced; 0 is 48 (a quick run takes 12)."""
+    """Held-out mazes on which sets of neurons are silenced; 0 is 24 (a quick run takes 8)."""
     random_sets: int = 20
-    """Random sets beside every set of neurons (a quick run takes 4)."""
+    """Random sets beside every set of neurons (a quick run takes 3)."""
     effect_floor: float = 0.5
     """Smallest |Cohen's d| of a concept's neuron."""
     largest_set: float = 0.05
