@@ -6,7 +6,9 @@ by teacher forcing. A random set that controls for it has the same number of neu
 with about the same rates: what is left is which neurons they are.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,19 @@ from lens_utils.errors import BadInput
 from lens_utils.models import LoadedModel
 
 NEAREST = 20  # of these neurons, the nearest in rate, one is drawn
+
+
+class _Part(NamedTuple):
+    """Rows that are run together, from where neurons are taken away."""
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+    """Of what stands before as well."""
+    position: Tensor
+    answers: list[Span]
+    """Where the answer's tokens are predicted, counted from the first of `ids`."""
+    cache: Any
 
 
 def matched(
@@ -66,55 +81,83 @@ def means(
     return (total / max(1, sum(end - start for start, end in spans))).float()
 
 
-@torch.no_grad()
-def answer_logp(
-    model: LoadedModel,
-    rows: Sequence[Sequence[int]],
-    answers: Sequence[Span],
-    gone: Bool[Tensor, "layer neuron"] | None = None,
-    values: Float[Tensor, "layer neuron"] | None = None,
-    begin: Sequence[int] | None = None,
-) -> Float[Tensor, " row"]:
-    """Log-probability (nats) of the tokens in each row's span, given all before; on the CPU.
+class Asked:
+    """Questions with their right answers, read once up to where neurons are taken away.
 
-    gone: neurons that are set to `values` (nothing: zero) from position `begin` of each row on
-    (nothing: from the first). Raises BadInput for an answer without a token before it.
+    What stands before that is the same whatever is taken away: its keys and values are kept. Rows
+    of like length are run together, that part padded on the left, the rest on the right.
     """
-    if any(start < 1 for start, _ in answers):
-        raise BadInput("an answer at the first position has nothing to be predicted from")
-    found = torch.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), dape.MOST):
-        at = order[start : start + dape.MOST]
-        ids, mask = model.batch([rows[i] for i in at])
-        behind = dape.mask([(begin[i] if begin else 0, len(rows[i])) for i in at],
-                           ids.shape[1], model.device)  # fmt: skip
-        hooks = [] if gone is None else _writers(gone, values, behind.bool())
-        first = min(answers[i][0] for i in at) - 1
-        logits = model.bridge.run_with_hooks(
-            ids, attention_mask=mask, fwd_hooks=hooks, use_cache=False,
-            logits_to_keep=ids.shape[1] - first,
-        )  # fmt: skip
-        following = ids[:, first + 1 :].to(logits.device)
-        logp = logits[:, :-1].float().log_softmax(-1).gather(2, following[..., None])[..., 0]
-        spans = [(answers[i][0] - 1 - first, answers[i][1] - 1 - first) for i in at]
-        inside = dape.mask(spans, logp.shape[1], logp.device)
-        found[at] = (logp * inside).sum(1).cpu()
-    return found
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Span],
+        begin: Sequence[int],
+    ) -> None:
+        """answers: one span per row; begin: the first position at which neurons are taken away.
+
+        Raises BadInput for an answer that begins at or before it.
+        """
+        if any(start <= first for (start, _), first in zip(answers, begin, strict=True)):
+            raise BadInput("neurons have to be taken away before the answer begins")
+        self.model, self.n_rows = model, len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        self._parts = [
+            self._read([(i, rows[i], answers[i], begin[i]) for i in order[n : n + dape.MOST]])
+            for n in range(0, len(order), dape.MOST)
+        ]
+
+    @torch.no_grad()
+    def _read(self, some: Sequence[tuple[int, Sequence[int], Span, int]]) -> _Part:
+        at, cache = [i for i, _, _, _ in some], None
+        ids, mask = self.model.batch([row[first:] for _, row, _, first in some])
+        before, there = self.model.batch([row[:first] for _, row, _, first in some], "left")
+        position = (torch.cat([there, mask], 1).cumsum(1) - 1).clamp_min(0)
+        if before.shape[1]:
+            _, cache = self.model.bridge(
+                before, attention_mask=there, position_ids=position[:, : before.shape[1]],
+                use_cache=True, logits_to_keep=1, return_type="logits_and_cache",
+            )  # fmt: skip
+        spans = [(start - 1 - first, end - 1 - first) for _, _, (start, end), first in some]
+        return _Part(
+            at, ids, torch.cat([there, mask], 1), position[:, before.shape[1] :], spans, cache
+        )
+
+    @torch.no_grad()
+    def logp(
+        self,
+        gone: Bool[Tensor, "layer neuron"] | None = None,
+        values: Float[Tensor, "layer neuron"] | None = None,
+    ) -> Float[Tensor, " row"]:
+        """Log-probability (nats) of each row's answer with the neurons `gone` set to `values`
+        (nothing: zero); on the CPU."""
+        found = torch.zeros(self.n_rows)
+        for part in self._parts:
+            hooks = [] if gone is None else _writers(gone, values)
+            first = min(start for start, _ in part.answers)
+            logits = self.model.bridge.run_with_hooks(
+                part.ids, attention_mask=part.mask, position_ids=part.position, fwd_hooks=hooks,
+                past_key_values=copy.deepcopy(part.cache), use_cache=part.cache is not None,
+                logits_to_keep=part.ids.shape[1] - first,
+            )  # fmt: skip
+            following = part.ids[:, first + 1 :].to(logits.device)
+            logp = logits[:, :-1].float().log_softmax(-1).gather(2, following[..., None])[..., 0]
+            spans = [(start - first, end - first) for start, end in part.answers]
+            inside = dape.mask(spans, logp.shape[1], logp.device)
+            found[part.rows] = (logp * inside).sum(1).cpu()
+        return found
 
 
 def _writers(
-    gone: Bool[Tensor, "layer neuron"],
-    values: Float[Tensor, "layer neuron"] | None,
-    behind: Bool[Tensor, "row pos"],
+    gone: Bool[Tensor, "layer neuron"], values: Float[Tensor, "layer neuron"] | None
 ) -> list[tuple[str, Callable]]:
     """Hooks that set the neurons of every layer that loses some."""
 
     def writer(layer: int) -> Callable[..., Tensor]:
         def write(x: Tensor, hook: object) -> Tensor:
-            new = torch.zeros_like(gone[layer], dtype=x.dtype) if values is None else values[layer]
-            where = behind.to(x.device)[..., None] & gone[layer].to(x.device)
-            return torch.where(where, new.to(x.device, x.dtype), x)
+            new = torch.zeros(gone.shape[1]) if values is None else values[layer]
+            return torch.where(gone[layer].to(x.device), new.to(x.device, x.dtype), x)
 
         return write
 

@@ -293,7 +293,9 @@ ANSWERS = [(2, 4), (4, 7), (1, 2), (5, 6)]
 @pytest.mark.parametrize("arch", ARCHS)
 def test_answers_without_neurons_are_those_of_plain_hooks(tiny, arch):
     model, hf = load(tiny(arch)), tiny(arch)
-    plain = neuron_sets.answer_logp(model, ROWS, ANSWERS)
+    begin = [1, 3, 0, 2]
+    asked = neuron_sets.Asked(model, ROWS, ANSWERS, begin)
+    plain = asked.logp()
     expected = [logp_of(hf, row, *a) for row, a in zip(ROWS, ANSWERS, strict=True)]
     np.testing.assert_allclose(plain, expected, atol=2e-4)
     width = parts(hf)[0][1].weight.shape
@@ -301,7 +303,6 @@ def test_answers_without_neurons_are_those_of_plain_hooks(tiny, arch):
     gone = torch.zeros(3, width, dtype=torch.bool)
     gone[0, :9], gone[2, 3:30] = True, True
     values = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
-    begin = [1, 3, 0, 2]
     for fill in (None, values):
         new = torch.zeros(3, width) if fill is None else fill
         expected = []
@@ -311,11 +312,13 @@ def test_answers_without_neurons_are_those_of_plain_hooks(tiny, arch):
             expected.append(logp_of(hf, row, *answer))
             for h in hooks:
                 h.remove()
-        found = neuron_sets.answer_logp(model, ROWS, ANSWERS, gone, fill, begin)
+        found = asked.logp(gone, fill)
         np.testing.assert_allclose(found, expected, atol=2e-4)
         assert np.abs(found.numpy() - plain.numpy()).max() > 1e-3
     nothing = torch.zeros_like(gone)
-    assert torch.equal(neuron_sets.answer_logp(model, ROWS, ANSWERS, nothing, values, begin), plain)
+    assert torch.equal(asked.logp(nothing, values), plain)
+    with pytest.raises(BadInput, match="before the answer begins"):
+        neuron_sets.Asked(model, ROWS, ANSWERS, [1, 4, 0, 2])
 
 
 def test_means_are_over_the_tokens_of_the_spans(tiny):

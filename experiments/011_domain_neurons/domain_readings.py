@@ -18,7 +18,7 @@ SHUFFLES, QUICK_SHUFFLES = 499, 99
 RESAMPLES, QUICK_RESAMPLES = 100, 20
 ROOM = 2**33  # bytes for the counts of all draws
 SETS, QUICK_SETS = 20, 4  # random sets for every chosen one
-TESTED, QUICK_TESTED = 24, 5  # mazes of the second half
+TESTED, QUICK_TESTED = 32, 5  # mazes of the second half
 LARGEST = 48  # neurons of a set
 VARIED, QUICK_VARIED = 800, 64  # questions of the other definitions
 VARIANTS = ("product", "attribution")
@@ -114,8 +114,8 @@ class Session:
         return found
 
     @cached_property
-    def _tested(self) -> tuple[pd.DataFrame, list[list[int]], list, list[int]]:
-        """Questions of the second half, answered rightly: ids, answers, where the task begins."""
+    def _tested(self) -> tuple[pd.DataFrame, np.ndarray, neuron_sets.Asked]:
+        """Direct questions of the second half with a right answer: about them, its tokens."""
         direct = self.chosen[(self.chosen["mode"] == "direct") & ~halves(self.chosen)]
         mazes = direct.maze_id.drop_duplicates().head(QUICK_TESTED if self.cfg.quick else TESTED)
         direct = direct[direct.maze_id.isin(mazes)]
@@ -130,7 +130,9 @@ class Session:
             rows.append(asked + right)
             answers.append((len(asked) + start, len(rows[-1])))
             begin.append(spans["task"][at][0])
-        return direct[["id", "maze_id", "task"]].reset_index(drop=True), rows, answers, begin
+        length = np.array([end - start for start, end in answers])
+        about = direct[["id", "maze_id", "task"]].reset_index(drop=True)
+        return about, length, neuron_sets.Asked(self.model, rows, answers, begin)
 
     @cached_property
     def _means(self) -> torch.Tensor:
@@ -150,15 +152,14 @@ class Session:
         A set without neurons is the model as it is.
         """
         frames = []
-        about, rows, answers, begin = self._tested
-        length = np.array([end - start for start, end in answers])
+        about, length, asked = self._tested
         for one in some:
             gone = torch.zeros(self.model.n_layers, self.model.bridge.cfg.d_mlp, dtype=torch.bool)
             for layer, neuron in one["neurons"]:
                 gone[layer, neuron] = True
             for ablation in ("mean", "zero"):
                 values = self._means if ablation == "mean" else None
-                logp = neuron_sets.answer_logp(self.model, rows, answers, gone, values, begin)
+                logp = asked.logp(gone, values)
                 frames.append(about.assign(set=one["set"], random=one["random"], ablation=ablation,
                                            logp=logp.numpy() / length))  # fmt: skip
         return pd.concat(frames, ignore_index=True)
