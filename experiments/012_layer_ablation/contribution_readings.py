@@ -21,7 +21,7 @@ from lens_utils.maze_records import from_dict
 from lens_utils.maze_tasks import ABILITIES, reply_fault
 from lens_utils.models import LoadedModel
 
-MAZES, QUICK_MAZES = 32, 4
+MAZES, QUICK_MAZES = 24, 4
 QUICK_GREEDY = 2
 RATIOS, QUICK_RATIOS = "0,0.25,0.5,0.75,1", "0,0.5,1"
 TOKENS = 6144  # of one forward pass, padding included
@@ -96,6 +96,10 @@ class Session:
         if {*chosen.values()} != {"choose", "test"}:
             raise BadInput("layers are chosen on mazes of one side of the split and tested on the "
                            "other: 010 has mazes of one side only")  # fmt: skip
+        # Texts with a trace are longer: where there are direct ones too, every other maze.
+        both = any(mode == "direct" for _, mode in asked_about)
+        halves = [[m for m in chosen if chosen[m] == half] for half in ("choose", "test")]
+        traced = {m for half in halves for m in half[:: 2 if both else 1]}
         by_id = replies.set_index("id")
         found, taken, out = [], {}, {"wrong": 0, "too long": 0}
         for h in held:
@@ -104,6 +108,8 @@ class Session:
             if h["maze_id"] not in chosen or key[1:] not in asked_about:
                 continue
             if h["id"] not in by_id.index or h["negative_kind"] == "lexical":
+                continue
+            if h["enable_thinking"] and h["maze_id"] not in traced:
                 continue
             if taken.get(key, 0) == PER_MAZE[h["task"]]:
                 continue
@@ -146,16 +152,20 @@ class Session:
 
     # Ablations
 
-    def plan(self, modes: set[str]) -> list[Ablation]:
-        """Every ablation; the first one is none. All layers, unless --key-layers names some."""
-        roles = [r for r in ablate.ROLES if r != "thinking" or "thinking" in modes]
+    def plan(self, whole: bool, mode: str) -> list[Ablation]:
+        """Every ablation; the first one is none. All layers, unless --key-layers names some.
+
+        whole: with the other kinds of ablation, the parts, and the first plan's method.
+        """
+        roles = [r for r in ablate.ROLES if r != "thinking" or mode == "thinking"]
         found = [Ablation(self.layers[0], ratio=0.0)]
         for layer in self.layers:
             found += self._shares(self.ratios, layer)
-            found += [Ablation(layer, kind=kind) for kind in ("zero", "resample")]
-            found += [Ablation(layer, part) for part in ("attn", "mlp")]
             found += [Ablation(layer, where=role) for role in roles]
-            found += [Ablation(layer, "resid", ratio, "zero") for ratio in (0.5, 1.0)]
+            if whole:
+                found += [Ablation(layer, kind=kind) for kind in ("zero", "resample")]
+                found += [Ablation(layer, part) for part in ("attn", "mlp")]
+                found += [Ablation(layer, "resid", ratio, "zero") for ratio in (0.5, 1.0)]
         return found
 
     def _shares(self, ratios: Sequence[float], layer: int) -> list[Ablation]:
@@ -187,9 +197,9 @@ class Session:
             donors = self._donated(given, [by_id[q["donor"]] for q in batch])
             sources = {"zero": None, "mean": lambda name, g=given: means.at(name, g.ids),
                        "resample": donors.__getitem__}  # fmt: skip
-            for edit in self.plan({q["mode"] for q in questions}):
-                if edit.where == "thinking" and batch[0]["mode"] == "direct":
-                    continue
+            mode = batch[0]["mode"]
+            whole = mode == "direct" or all(q["mode"] == mode for q in questions)
+            for edit in self.plan(whole, mode):
                 hooks = ablate.ablating([edit], resid[0].shape[-1], sources[edit.kind], given.role)
                 frames.append(self._scored(batch, given, resid, hooks, **edit._asdict()))
         return pd.concat(frames, ignore_index=True)

@@ -339,11 +339,11 @@ def summarise(
         here = here[here["mode"] == here["mode"].min()]
         said = here.layer[here.over_15].astype(str)
         found[f"layers by the first plan's 15 points, {ability}"] = ", ".join(said) or "none"
-    every = test[(test.ratio == 1) & test.task.isin(ABILITIES)]
+    every = test[(test.ratio == 1) & test.task.isin(ABILITIES) & (test["mode"] == cells[0][1])]
     for part, kind in (("both", "mean"), ("resid", "zero")):
         rows = _pick(every, part=part, kind=kind, where="everywhere")
         name = "the stream zeroed" if part == "resid" else "a contribution replaced by its mean"
-        found[f"{name}: median drop over layers, abilities and modes (nats)"] = float(
+        found[f"{name}: median drop over layers and abilities (nats)"] = float(
             rows["mean"].median()
         )
         found[f"{name}: share of layers that cost 15 points or more"] = float(
@@ -375,7 +375,7 @@ def _alike(test: pd.DataFrame, other: str) -> float:
     for _, rows in test[(test.part == "both") & (test["where"] == "everywhere")
                         & (test.ratio == 1)].groupby(["task", "mode"]):  # fmt: skip
         table = rows.pivot_table(index="layer", columns="kind", values="mean")
-        if len(table) > 2:
+        if len(table) > 2 and other in table:
             found.append(table["mean"].corr(table[other], method="spearman"))
     return float(np.mean(found)) if found else float("nan")
 

@@ -22,7 +22,8 @@ class Config(BaseConfig):
     model: str = "maze-organism"
     """A name from `./lab models`, a hub id, a folder, a .gguf file or a checkpoint (@revision)."""
     max_samples: int = 0
-    """Mazes to ask about, half of them to choose layers on; 0 is 32 (a quick run takes 4)."""
+    """Mazes to ask about, half of them to choose layers on; 0 is 24 (a quick run takes 4). With
+    thinking, every other one of them."""
     key_layers: str = ""
     """Only these layers, such as 1,2; empty is all."""
     ablation_ratios: str = ""
@@ -32,7 +33,7 @@ class Config(BaseConfig):
     """Orders in which dimensions go, for ratios between 0 and 1 (a quick run takes one)."""
     random_sets: int = 20
     """Random sets of heads beside every set that an ability needs (a quick run takes 3)."""
-    greedy_mazes: int = 6
+    greedy_mazes: int = 4
     """Mazes of the second half whose answers are also written under ablation and verified
     (a quick run takes 2, without thinking)."""
     longest: int = 1024
