@@ -240,8 +240,8 @@ def shown(found: Mapping[str, float], unit: str = "") -> str:
     """An estimate in a sentence."""
     if found["n"] == 0 or math.isnan(found["value"]):
         return "no estimate"
-    interval = f"[{found['low']:.2f}, {found['high']:.2f}]"
-    return f"{found['value']:.2f}{unit and ' '}{unit} {interval}, n {found['n']:.0f}"
+    interval = f"[{found['low']:.3g}, {found['high']:.3g}]"
+    return f"{found['value']:.3g}{unit and ' '}{unit} {interval}, n {found['n']:.0f}"
 
 
 def claim(section: str, said: str, found: Mapping[str, float], unit: str = "") -> Finding:

@@ -98,11 +98,11 @@ def test_answers_of_a_family_differ():
                 assert not any(table.is_right(a, one.answer) for a in accepted), (one, other)
 
 
-def test_a_quick_run_asks_two_of_each_family():
+def test_a_quick_run_asks_one_of_each_family():
     quick = ask.choose(QUESTIONS, RUN.Config(quick=True))
-    assert set(Counter(q.family for q in quick).values()) == {2} and len(quick) == 12
+    assert set(Counter(q.family for q in quick).values()) == {1} and len(quick) == 6
     assert len(ask.choose(QUESTIONS, RUN.Config())) == 60
-    assert len(ask.choose(QUESTIONS, RUN.Config(quick=True, per_family=1))) == 6
+    assert len(ask.choose(QUESTIONS, RUN.Config(quick=True, per_family=2))) == 12
 
 
 def test_shuffling_keeps_the_words_and_changes_their_order():
@@ -199,7 +199,7 @@ def test_text_in_tables_stays_on_its_line():
 
 
 def test_a_run_asks_in_every_form_and_condition(folder, lab):
-    run = lab("--quick", "--per-family", 1, "--answer-tokens", 6, "--model", folder(chat=True))
+    run = lab("--quick", "--per-family", 1, "--answer-tokens", 12, "--model", folder(chat=True))
     answers = pd.read_csv(run.folder / "answers.csv")
     counts = answers.groupby(["condition", "form"]).size().to_dict()
     assert counts == {
@@ -221,7 +221,7 @@ def test_a_run_asks_in_every_form_and_condition(folder, lab):
 
 
 def test_a_base_model_is_asked_in_text_only(folder, lab):
-    flags = ["--quick", "--per-family", 1, "--answer-tokens", 4, "--model", folder(chat=False)]
+    flags = ["--quick", "--per-family", 1, "--answer-tokens", 8, "--model", folder(chat=False)]
     answers = pd.read_csv(lab(*flags).folder / "answers.csv")
     assert set(answers.form) == {"text"} and len(answers) == 15
 

@@ -23,6 +23,7 @@ def lab(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setattr(Run, "upstream", lambda self, experiment, name: made_up())
     monkeypatch.setattr(stats, "RESAMPLES", 200)
+    monkeypatch.setattr(plan, "QUICK_SIGMAS", (0.5, 1.0))  # one at which arms are only swept
     monkeypatch.setattr(
         RUN.prompts, "load", lambda _, set=None: [p for p in WORDS if set in (None, p.set)]
     )
@@ -148,20 +149,21 @@ def test_a_killed_benchmark_goes_on_where_it_was(lab, benchmark, monkeypatch):
     asked, killed, real = Counter(), [], bench.attempt
 
     def attempt(cfg, model, part, worked):
-        if sum(asked.values()) >= 12 and not killed:
+        if sum(asked.values()) >= 6 and not killed:
             killed.append(1)
             raise KeyboardInterrupt
         asked.update((c.arm, c.draw, p.id) for c, p in part)
         return real(cfg, model, part, worked)
 
     monkeypatch.setattr(bench, "attempt", attempt)
+    benchmark.write_text("\n".join(map(json.dumps, SCHEMAS[1:3])))
     flags = ("--benchmark", benchmark, "--batch", 3, "--max-new-tokens", 4)
     with pytest.raises(KeyboardInterrupt):
         lab(*flags)
-    assert sum(asked.values()) == 12
+    assert sum(asked.values()) == 6
     run = lab(*flags)
     solved = read(run, "solutions.parquet")
-    assert len(solved) == len(asked) == 4 * (1 + 5 * 2) and set(asked.values()) == {1}
+    assert len(solved) == len(asked) == 2 * (1 + 5 * 2) and set(asked.values()) == {1}
     assert solved.tokens.between(1, 4).all() and not solved.right.any()
     monkeypatch.setattr(bench, "attempt", real)
     whole = lab(*flags, "--tag", "whole")

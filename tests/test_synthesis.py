@@ -206,7 +206,7 @@ def test_verdicts_of_a_test():
 def test_verdicts_of_an_interval(low, high, wanted):
     found = synthesis.claim("x", "Thinking helps", Estimate(value=0.2, low=low, high=high, n=9))
     assert found.verdict == wanted
-    assert found.sentence == f"Thinking helps: {wanted} (0.20 [{low:.2f}, {high:.2f}], n 9)."
+    assert found.sentence == f"Thinking helps: {wanted} (0.2 [{low:.3g}, {high:.3g}], n 9)."
 
 
 def test_a_claim_of_several_parts_needs_them_all():

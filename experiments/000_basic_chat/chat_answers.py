@@ -29,9 +29,14 @@ class Put(NamedTuple):
 
 def choose(questions: list[Prompt], cfg) -> list[Prompt]:
     """The questions of this run: all, or the first of each family."""
-    most = cfg.per_family or (2 if cfg.quick else None)
+    most = cfg.per_family or (1 if cfg.quick else None)
     families = dict.fromkeys(q.family for q in questions)
     return [q for f in families for q in [q for q in questions if q.family == f][:most]]
+
+
+def n_tokens(cfg) -> int:
+    """Longest answer of this run."""
+    return max(1, cfg.answer_tokens // (2 if cfg.quick else 1))
 
 
 def forms(model: LoadedModel, text: str, examples: Sequence[Prompt]) -> dict[str, list[int]]:
@@ -57,7 +62,7 @@ def answer(cfg, model: LoadedModel, put: Sequence[Put], examples: Sequence[Promp
         found = generate.answers(
             model,
             [e[form] for e in encoded],
-            max_new_tokens=cfg.answer_tokens,
+            max_new_tokens=n_tokens(cfg),
             top_k_shown=TOP,
             until=until,
         )
@@ -82,7 +87,7 @@ def speed(
     asked: pd.DataFrame,
 ) -> dict[str, float]:
     """The openings of two answers, streamed: are they the batch's, and how fast do they come?"""
-    most = max(2, cfg.answer_tokens // 3)
+    most = max(2, n_tokens(cfg) // 3)
     waited, streamed, tokens, same = 0.0, 0.0, 0, 0
     for question in questions[:: len(questions) // 2][:2]:
         form, ids = next(iter(forms(model, question.text, examples).items()))

@@ -36,9 +36,9 @@ class Config(BaseConfig):
     show_probs: bool = False
     """After an answer, list the likeliest tokens of each step and their probabilities (stderr)."""
     per_family: int = 0
-    """Questions of each family that a run asks; 0 is all ten (a quick run asks two)."""
+    """Questions of each family that a run asks; 0 is all ten (a quick run asks one)."""
     answer_tokens: int = 24
-    """Longest answer in a run."""
+    """Longest answer in a run (a quick run takes half)."""
 
     @property
     def talks(self) -> bool:

@@ -26,9 +26,9 @@ class Config(BaseConfig):
     fold: bool = False
     """Fold the norms' gains into the weights first; next_ln1 is refused without it."""
     fit_tokens: int = 12_000
-    """Tokens of text that the ridge lens is fitted on (a quick run takes a quarter)."""
+    """Tokens of text that the ridge lens is fitted on (a quick run takes an eighth)."""
     facts: int = 0
-    """Use only the first so many facts; 0 is all (a quick run takes 14)."""
+    """Use only the first so many facts; 0 is all (a quick run takes seven)."""
 
     SHORT: ClassVar[dict[str, str]] = {"--norm": "--lens=norm", "--raw": "--lens=raw"}
 

@@ -16,7 +16,7 @@ from lens_utils.pairs import Pair
 
 HERE = str(Path(__file__))
 SOURCES = ("clean", "corrupt", "random", "untrained")
-QUICK = 4  # pairs of each wording in a quick run
+QUICK = 3  # pairs of each wording in a quick run
 
 
 class Session:
@@ -105,7 +105,7 @@ class Session:
     @torch.no_grad()
     def head_types(self) -> pd.DataFrame:
         """Scores of every head on repeated random tokens, and of the untrained twin's heads."""
-        n = self.cfg.repeats // (4 if self.cfg.quick else 1)
+        n = self.cfg.repeats // (8 if self.cfg.quick else 1)
         frames = []
         for name, model in (("trained", self.model), ("untrained", self.run.model(True))):
             ids = attention.repeated(model, n, self.cfg.length, self.cfg.seed)

@@ -18,7 +18,7 @@ class Config(BaseConfig):
     induction: int = 24
     """Pairs of repeated random tokens beside the prompts of prompts.json."""
     repeats: int = 32
-    """Random sequences, twice in a row, from which heads get their types (quick: a quarter)."""
+    """Random sequences, twice in a row, from which heads get their types (quick: an eighth)."""
     length: int = 24
     """Tokens of such a sequence."""
     shuffles: int = 2000

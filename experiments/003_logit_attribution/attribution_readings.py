@@ -18,7 +18,7 @@ from lens_utils.pairs import Batch, Pair
 
 HERE = str(Path(__file__))
 CLASSES = ("entity", "relation", "subject", "distractor", "function", "punctuation", "bos")
-INDUCTION, QUICK = 24, 4
+INDUCTION, QUICK = 24, 3
 TOP = 5  # of the whole vocabulary
 
 
@@ -45,7 +45,7 @@ class Session:
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """The pairs of 002 that the model knows; a quick run takes four of each wording."""
+        """The pairs of 002 that the model knows; a quick run takes three of each wording."""
         made, _ = pairs.pairs(self.model, prompts.load(HERE))
         made += pairs.induction(self.model, INDUCTION, seed=self.cfg.seed)
         known = set(self.screened.id[self.screened.known])
@@ -138,7 +138,8 @@ class Session:
             "largest_change_by_softcap": (held["logit_diff"] - held["capped"]).abs().max().item(),
         }
         if self.cfg.folded:
-            chosen = self.pairs[:: max(1, len(self.pairs) // 12)]
+            most = 4 if self.cfg.quick else 12
+            chosen = self.pairs[:: max(1, len(self.pairs) // most)]
             at = [self.pairs.index(p) for p in chosen]
             folded = self._attribute(self.run.model(fold=True), chosen, shuffled=False)
             for name in ("logit_diff", "heads", "mlp"):

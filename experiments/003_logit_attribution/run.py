@@ -22,7 +22,7 @@ class Config(BaseConfig):
     neurons: int = 10
     """Neurons chosen in each of the three strongest MLPs of a task."""
     words: int = 4
-    """Words of each kind that are put into a slot for heads to find."""
+    """Words of each kind that are put into a slot for heads to find (a quick run takes half)."""
 
 
 def main(cfg: Config, run: Run) -> None:

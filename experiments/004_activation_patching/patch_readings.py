@@ -16,7 +16,7 @@ from lens_utils.pairs import Batch, Pair
 from lens_utils.patching import Kind, Site, Unit
 
 HERE = str(Path(__file__))
-QUICK = 4  # pairs of each wording in a quick run, of which some stages use fewer
+QUICK = 3  # pairs of each wording in a quick run, of which some stages use fewer
 CITY, GOVERNMENT = ("capital", "city"), ("capital", "government")
 # One wording of each other task: the shorter one.
 BRIEFLY = (("opposite", "plain"), ("ioi", "store"), ("agreement", "near"), ("pronoun", "doctor"),
@@ -115,12 +115,13 @@ class Session:
 
     def sweep(self, jobs: Iterable[Job]) -> pd.DataFrame:
         """One row per pair and place."""
-        return pd.concat([self._sweep(self.model, job) for job in jobs], ignore_index=True)
+        step = 2 if self.cfg.quick else 1
+        return pd.concat([self._sweep(self.model, job, step) for job in jobs], ignore_index=True)
 
     def sweep_untrained(self) -> pd.DataFrame:
         """Every head on some capitals in a model of this shape that has learned nothing."""
         twin, job = self.run.model(random_init=True), Job(*CITY, "z", "denoise", "head")
-        return self._sweep(twin, job, step=3 if self.cfg.quick else 1)
+        return self._sweep(twin, job, step=6 if self.cfg.quick else 1)
 
     def _sweep(self, model: LoadedModel, job: Job, step: int = 1) -> pd.DataFrame:
         n = self.asked(job.task, job.over)
@@ -167,7 +168,8 @@ class Session:
             for wording in wordings:
                 heads = strongest(top, wording)
                 units, about = [], []
-                for size in (s for s in SIZES if s <= len(heads)):
+                sizes = SIZES[2::2] if self.cfg.quick else SIZES
+                for size in (s for s in sizes if s <= len(heads)):
                     drawn = sweeps.random_sets(heads[:size], cfg.n_layers, cfg.n_heads,
                                                2 if self.cfg.quick else RANDOM_SETS,
                                                self.cfg.seed)  # fmt: skip
@@ -210,7 +212,7 @@ class Session:
         for wording in wordings:
             spans = [(name, layers) for name, layers in named.items() if len(layers)]
             if wording[0] == "capital":
-                every = sweeps.sliding(n, width)[:: 5 if self.cfg.quick else 2]
+                every = sweeps.sliding(n, width)[:: 10 if self.cfg.quick else 2]
                 spans += [("sliding", layers) for layers in every]
             some = self.of(*wording)[: 2 if self.cfg.quick else self.cfg.more_pairs]
             for batch in pairs.batches(self.model, some, 100):

@@ -114,7 +114,7 @@ def crossings(residual: pd.DataFrame, tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def joint(heads: pd.DataFrame, attended: pd.DataFrame, attributed: pd.DataFrame) -> pd.DataFrame:
-    """One row per head, on capital prompts: what 002, 003 and this experiment say of it.
+    """What 002, 003 and this experiment say of every head that was swept, on capital prompts.
 
     attention: of the last token to the entity (share); attribution: to the logit difference (nats);
     patching: share restored by its clean output; ablation: nats lost with its mean output.
@@ -138,7 +138,8 @@ def joint(heads: pd.DataFrame, attended: pd.DataFrame, attributed: pd.DataFrame)
         if "patching" in table:
             frames.append(table.reset_index().assign(template=template))
     both = pd.concat(frames, ignore_index=True)
-    return both.groupby(["layer", "head"], as_index=False).mean(numeric_only=True)
+    means = both.groupby(["layer", "head"], as_index=False).mean(numeric_only=True)
+    return means.dropna(subset="patching", ignore_index=True)
 
 
 def correlations(table: pd.DataFrame, seed: int) -> pd.DataFrame:

@@ -31,10 +31,11 @@ class Plan:
     and for columns that 005 does not have."""
 
     def __init__(self, cfg, scores: pd.DataFrame) -> None:
-        self.seed, self.n_random = cfg.seed, cfg.random_orders
-        self.n_like = max(1, self.n_random // (4 if cfg.quick else 2))
-        if self.n_random < 2:
-            raise BadInput(f"--random-orders {self.n_random}: at least 2")
+        if cfg.random_orders < 2:
+            raise BadInput(f"--random-orders {cfg.random_orders}: at least 2")
+        self.seed = cfg.seed
+        self.n_random = max(2, cfg.random_orders // 2) if cfg.quick else cfg.random_orders
+        self.n_like = self.n_random // 2
         default = DEFAULT[:QUICK] if cfg.quick else DEFAULT
         named = [name.strip() for name in cfg.scores.split(",") if name.strip()]
         self.scores = list(dict.fromkeys(named)) or list(default)

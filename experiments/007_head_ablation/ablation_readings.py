@@ -14,7 +14,7 @@ from lens_utils.experiment import Run
 from lens_utils.models import LoadedModel
 
 PER_CATEGORY = 2
-STEPS, QUICK_STEPS, QUICK_CATEGORIES = 32, 8, 2
+STEPS, QUICK_STEPS, QUICK_CATEGORIES = 32, 6, 2
 POOL = 6  # texts that heads' mean outputs are taken from
 
 

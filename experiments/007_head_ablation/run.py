@@ -29,8 +29,8 @@ class Config(BaseConfig):
     """Shares at which random orders are run too; areas are taken over these. 0.25 is always among
     them (a quick run takes none above it)."""
     random_orders: int = 24
-    """How many; as many again (in a quick run, half as many) keep the layers of value_diff's order,
-    half of them from each end. Each is run on every fourth text."""
+    """How many (a quick run takes half); as many again keep the layers of value_diff's order, half
+    of them from each end. Each is run on every fourth text."""
     ablation: Literal["zero", "mean", "resample"] = "zero"
     """What heads are replaced by; the other two are measured at one share (a quick run leaves out
     resample)."""
@@ -38,7 +38,7 @@ class Config(BaseConfig):
     """Texts of each category that orders are run on; 0 is two (a quick run: one of two
     categories). Single heads are measured on one more."""
     steps: int = 0
-    """Use the first so many tokens of each text; 0 is 32 (a quick run takes 8): further on, small
+    """Use the first so many tokens of each text; 0 is 32 (a quick run takes 6): further on, small
     models repeat themselves."""
 
 

@@ -12,7 +12,7 @@ MATCHED = {core: f"random, layers as {core}" for core in CORES}
 SWEPT = (*CORES, "random")  # at every sigma; the rest at the one of the findings
 ARMS = (*SWEPT, *MATCHED.values())
 PILOT = 1_000_000  # a draw of the pilot's own
-QUICK_SIGMAS = (0.5, 1.0)
+QUICK_SIGMAS = (0.5,)
 
 Heads = tuple[tuple[int, int], ...]
 

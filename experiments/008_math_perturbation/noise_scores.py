@@ -22,7 +22,7 @@ from lens_utils.experiment import Run
 from lens_utils.models import LoadedModel
 from lens_utils.prompts import Prompt
 
-QUICK = {"items": 8, "documents": 2}
+QUICK = {"items": 6, "documents": 2}
 ROWS = 48  # items read together
 WINDOW = 32  # tokens of a document
 

@@ -24,7 +24,7 @@ class Config(BaseConfig):
     share: float = 0.25
     """Share of the heads that get noise."""
     sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 1.0)
-    """Standard deviations of the noise (a quick run takes 0.5 and 1.0)."""
+    """Standard deviations of the noise (a quick run takes 0.5)."""
     sigma: float = 0.0
     """The one that the findings rest on; 0 is the one of `sigmas` where random noise, in draws of
     its own, leaves nearest half of the accuracy."""
@@ -36,7 +36,7 @@ class Config(BaseConfig):
     sweep_draws: int = 2
     """Draws at the other sigmas, for the cores and random heads (a quick run takes one)."""
     per_family: int = 16
-    """Items of each family, spread over all 36 (a quick run takes eight of every second family)."""
+    """Items of each family, spread over all 36 (a quick run takes six of every second family)."""
     documents: int = 6
     """Held-out texts of 32 tokens, for the loss on plain text (a quick run takes two)."""
     benchmark: str = ""
