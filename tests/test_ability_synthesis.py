@@ -98,14 +98,16 @@ def study(places: dict[str, dict[str, int]], passing: tuple[str, ...] = ABILITIE
              "places": ["thinking - answer"] * 2, "weights": ["trained"] * 2, "confirmed": [4, 5]}
         ),
         "concepts.csv": pd.DataFrame(
-            {"concept": ["wall", "turn", "dead_end"], "trivial": [True, False, False],
-             "auroc": [1.0, 0.8, 0.6], "low": [1.0, 0.75, 0.55], "high": [1.0, 0.85, 0.65],
-             "n": [9, 9, 9], "untrained": [1.0, 0.6, 0.5], "bag": [1.0, 0.7, 0.7]}
+            {"concept": ["wall", "turn", "dead_end", "junction"],
+             "trivial": [True, False, False, False], "auroc": [1.0, 0.8, 0.6, 0.8],
+             "low": [1.0, 0.75, 0.55, 0.65], "high": [1.0, 0.85, 0.65, 0.9], "n": [9] * 4,
+             "untrained": [1.0, 0.6, 0.5, 0.7], "bag": [1.0, 0.7, 0.7, 0.5]}
         ),
         "edges.csv": pd.DataFrame({"kept": [True, False, True]}),
         "behaviour.csv": pd.DataFrame(
-            {"concept": ["turn"], "task": ["solve"], "excess_value": [0.2], "excess_low": [-0.1],
-             "excess_high": [0.5], "n": [9]}
+            {"concept": ["turn", "junction"], "task": ["solve"] * 2, "excess_value": [0.2] * 2,
+             "excess_low": [0.1] * 2, "excess_high": [0.5] * 2, "n": [9] * 2, "p": [0.3, 0.05],
+             "sets": [20] * 2}
         ),
         "transfer.csv": pd.DataFrame(
             {"trained": ["recognize+generate"] * 2, "tested": ["solve"] * 2,
@@ -229,12 +231,13 @@ def test_concepts(agreed):
     assert said["Dead_end can be read beyond an untrained model and a bag of tokens"] == (
         "contradicted"
     )
-    assert said["Answers to solve need the neurons of turn more than random ones"] == (
+    assert said["Junction can be read beyond an untrained model and a bag of tokens"] == (
         "not supported"
     )
-    assert said["Answers to solve need the neurons of dead_end more than random ones"] == (
-        "not testable"
-    )
+    needed = "Answers to solve need the neurons of {} more than random ones"
+    assert said[needed.format("junction")] == "supported"
+    assert said[needed.format("turn")] == "not supported", "random sets cost as much"
+    assert said[needed.format("dead_end")] == "not testable"
     checks = agreed.read("checkpoints.csv").set_index("checkpoint")
     assert checks.value["5 concepts read beyond their baselines"] == 1
     assert checks.value["5 causal edges between concepts' neurons"] == 2

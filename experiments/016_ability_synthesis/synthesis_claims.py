@@ -84,13 +84,12 @@ def _agreement(closed: Mapping[str, str], table: pd.DataFrame) -> Iterator[Findi
                 reason = "fewer than two methods have a curve that varies over depth"
                 yield synthesis.untestable(LAYERS, said, reason)
                 continue
-            p = row.p if math.isnan(row.q) else row.q
             because = (
                 f"mean rank correlation {row.rho:.2f} over {row.n_methods} curves, circular "
-                f"shifts p {row.p:.3f}, the smallest possible is {row.floor:.3f}"
+                f"shifts p {row.p:.3f}, q over abilities {row.q:.3f}, the smallest possible p is "
+                f"{row.floor:.3f}"
             )
-            because += "" if math.isnan(row.q) else f"; q over abilities {row.q:.3f}"
-            yield Finding(LAYERS, said, synthesis.by_p(p, row.floor, row.rho), because)
+            yield Finding(LAYERS, said, synthesis.by_p(row.q, row.floor, row.rho), because)
 
 
 def _overlap(closed: Mapping[str, str], table: pd.DataFrame) -> Iterator[Finding]:
@@ -257,7 +256,10 @@ def _concepts(
         cost = Estimate(
             value=lost.excess_value, low=lost.excess_low, high=lost.excess_high, n=int(lost.n)
         )
-        yield synthesis.claim(CONCEPTS, said, cost, "nats")
+        found = synthesis.claim(CONCEPTS, said, cost, "nats")
+        because = f"{found.because}; p {lost.p:.3f} among {lost.sets} random sets"
+        alone = found.verdict == "supported" and lost.p > synthesis.LEVEL
+        yield Finding(CONCEPTS, said, "not supported" if alone else found.verdict, because)
     said = "Neurons of one layer's concepts move those of later layers more than random sets do"
     if edges is None or edges.empty:
         yield synthesis.untestable(CONCEPTS, said, "015 asked no edge")

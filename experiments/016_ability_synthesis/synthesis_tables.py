@@ -54,7 +54,7 @@ def agreement(curves: pd.DataFrame, seed: int) -> pd.DataFrame:
     """How alike the methods' curves of an ability are: all together and two by two.
 
     A probe reads what any earlier layer wrote, so its curve is a sum over layers; what each layer
-    adds to it stands beside. q: p of all methods together, Benjamini and Hochberg over abilities.
+    adds to it stands beside. q: p of all methods, Benjamini and Hochberg over abilities.
     """
     rows = []
     for ability, held in whole(curves).items():
@@ -70,7 +70,7 @@ def agreement(curves: pd.DataFrame, seed: int) -> pd.DataFrame:
             rows.append({"ability": ability, "methods": name, "n_methods": len(some),
                          **found._asdict()})  # fmt: skip
     names = ["ability", "methods", "n_methods", "rho", "p", "floor"]
-    return _with_q(pd.DataFrame(rows, columns=names), "methods")
+    return _with_q(pd.DataFrame(rows, columns=names))
 
 
 def turns(curves: pd.DataFrame) -> pd.DataFrame:
@@ -102,21 +102,22 @@ def overlap(lists: pd.DataFrame) -> pd.DataFrame:
                          })  # fmt: skip
     names = ["ability", "methods", "n_methods", "lengths", "shared", "layers", "expected", "p",
              "floor", "agreement_pct"]  # fmt: skip
-    return _with_q(pd.DataFrame(rows, columns=names), "methods")
+    return _with_q(pd.DataFrame(rows, columns=names))
 
 
 def _listed(layers: list[int]) -> str:
     return " ".join(f"L{layer}" for layer in layers) or "none"
 
 
-def _with_q(table: pd.DataFrame, column: str) -> pd.DataFrame:
+def _with_q(table: pd.DataFrame) -> pd.DataFrame:
     """Add q over the abilities, of the rows of all methods."""
     from scipy.stats import false_discovery_control
 
-    rows = (table[column] == TOGETHER) & table.p.notna()
     table = table.assign(q=math.nan)
-    if rows.any():
-        table.loc[rows, "q"] = false_discovery_control(table.p[rows])
+    for name in (TOGETHER, BY_GAIN):
+        rows = (table.methods == name) & table.p.notna()
+        if rows.any():
+            table.loc[rows, "q"] = false_discovery_control(table.p[rows])
     return table
 
 
