@@ -161,6 +161,7 @@ def summarise(
         f"specialised neurons, {int(first.domains)} abilities": int(first.specialised),
         "the same (% of all)": float(first.specialised_percent),
         "as uneven and as active with shuffled labels, mean": float(first.by_chance),
+        "the same with LAPE's minimum rate": int(first.specialised_lape),
         "neurons with q < 0.05, whatever the size": int(first.significant),
         "median DAPE (share of ln N)": float(first.median_share),
         "rho of DAPE between halves of the mazes": float(first.rho_halves),

@@ -14,6 +14,8 @@ from lens_utils import dape
 from lens_utils.dape import Tally
 
 Q = 0.05
+RATE = 0.05  # a specialist is active at one token in twenty of its domain, or more
+RATES = (0.02, 0.1, 0.2)  # other minimum rates, for comparison
 BINS = np.linspace(0.5, 1.0, 51)  # of DAPE as a share of ln N
 
 
@@ -27,10 +29,10 @@ class Found:
     entropies: Tensor
     """draw, layer, neuron: DAPE in nats."""
     q: Tensor
-    bar: float
     special: Tensor
-    """q < 0.05, DAPE at or below the floor, above the bar in some domain."""
+    """q < 0.05, DAPE at or below the floor, at or above the minimum rate in some domain."""
     lape: Tensor
+    """LAPE's own selection: above its bar, the lowest so many percent."""
     main: Tensor
     """Number of the domain with the highest rate."""
     drawn: Tensor
@@ -53,24 +55,25 @@ def find(contrast: Contrast, tally: Tally, percent: float) -> Found:
         else torch.ones_like(shuffled[0])
     )
     rate = dape.rates(tally.counts[0], tally.tokens[0])
-    limit = dape.bar(rate)
     of_domain = torch.arange(n_domains)[:, None, None]
     drawn = []
     for n, (counts, tokens) in enumerate(zip(tally.counts, tally.tokens, strict=True)):
         now = dape.rates(counts, tokens)
-        passes = (entropies[n] <= floor) & (now > dape.bar(now)).any(0)
+        passes = (entropies[n] <= floor) & (now >= RATE).any(0)
         if n == 0 or 1 + contrast.n_shuffles <= n < 1 + contrast.n_shuffles + contrast.n_resamples:
             passes &= q < Q  # shuffled draws and halves have no test of their own
         drawn.append(((now.argmax(0) == of_domain) & passes).sum(-1))
-    special = (q < Q) & (entropies[0] <= floor) & (rate > limit).any(0)
-    return Found(contrast, rate, entropies, q, limit, special, dape.lape(rate, percent),
+    special = (q < Q) & (entropies[0] <= floor) & (rate >= RATE).any(0)
+    return Found(contrast, rate, entropies, q, special, dape.lape(rate, percent),
                  rate.argmax(0), torch.stack(drawn))  # fmt: skip
 
 
 def contrasts(found: Sequence[Found], chosen: pd.DataFrame) -> pd.DataFrame:
     """One row per contrast: how many neurons are specialised, how many by chance, how reliably.
 
-    by_chance: neurons that pass bar and floor under shuffled labels, mean over shuffles.
+    by_chance: neurons that pass minimum rate and floor under shuffled labels, mean over shuffles.
+    lape_bar: LAPE's minimum rate, that 95 % of all rates lie below; specialised_lape: with it
+    instead of ours.
     """
     rows = []
     for f in found:
@@ -81,12 +84,15 @@ def contrasts(found: Sequence[Found], chosen: pd.DataFrame) -> pd.DataFrame:
         low = [(e <= floor) & f.special for e in f.entropies[-2:]]
         either = (low[0] | low[1]).sum()
         chance = f.drawn[1 : 1 + c.n_shuffles].sum((1, 2)).double()
-        expressed = (f.rate > f.bar).any(0)
+        bar, highest = dape.bar(f.rate), f.rate.amax(0)
+        uneven = (f.q < Q) & (f.entropies[0] <= floor)
         rows.append({
             "contrast": c.name, "tokens": c.region, "domains": len(c.domains),
             "max_dape": np.log(len(c.domains)), "samples": len(inside),
             "mazes": inside.maze_id.nunique(), "shuffles": c.n_shuffles,
-            "neurons": f.q.numel(), "bar": f.bar, "above_bar": int(expressed.sum()),
+            "neurons": f.q.numel(), "above_rate": int((highest >= RATE).sum()),
+            "lape_bar": bar, "specialised_lape": int((uneven & (highest > bar)).sum()),
+            **{f"specialised_{rate}": int((uneven & (highest >= rate)).sum()) for rate in RATES},
             "median_share": float(f.share.median()), "lowest_share": float(f.share.min()),
             "significant": int((f.q < Q).sum()), "specialised": int(f.special.sum()),
             "specialised_percent": 100 * float(f.special.double().mean()),
@@ -108,13 +114,13 @@ def neurons(found: Sequence[Found], recall: Tensor) -> pd.DataFrame:
         rates = pd.DataFrame(
             f.rate[(slice(None), *index)].T.numpy(), columns=list(f.contrast.domains)
         )
-        above = rates.to_numpy() > f.bar
+        above = _more_than_even(f)[(slice(None), *index)].T.numpy()
         frame = pd.DataFrame({
             "contrast": f.contrast.name, "layer": at[:, 0].numpy(), "neuron": at[:, 1].numpy(),
             "dape": f.entropies[0][index].numpy(), "share_of_max": f.share[index].numpy(),
             "q": f.q[index].numpy(),
             "main": [f.contrast.domains[n] for n in f.main[index].tolist()],
-            "above_bar": ["; ".join(np.array(f.contrast.domains)[row]) for row in above],
+            "domains": ["; ".join(np.array(f.contrast.domains)[row]) for row in above],
             "rate": rates.max(1), "next_rate": np.sort(rates.to_numpy(), 1)[:, -2],
             "recall_rate": recall[index].numpy(),
         })  # fmt: skip
@@ -147,11 +153,11 @@ def layers(found: Sequence[Found]) -> pd.DataFrame:
 
 
 def distribution(found: Sequence[Found]) -> pd.DataFrame:
-    """Histograms of DAPE as a share of ln N, of neurons above the bar, by main domain; and of the
-    same neurons with labels shuffled once."""
+    """Histograms of DAPE as a share of ln N, of neurons above the minimum rate, by main domain; and
+    of the same neurons with labels shuffled once."""
     rows = []
     for f in found:
-        expressed = (f.rate > f.bar).any(0)
+        expressed = (f.rate >= RATE).any(0)
         top = np.log(len(f.contrast.domains))
         versions = [
             (name, f.entropies[0], f.main == d) for d, name in enumerate(f.contrast.domains)
@@ -171,19 +177,24 @@ def distribution(found: Sequence[Found]) -> pd.DataFrame:
 def memberships(found: Sequence[Found]) -> pd.DataFrame:
     """Which combinations of sets the specialised neurons are in: one row per combination.
 
-    A neuron is in the set of every domain in which it is above the bar, by contrast.
+    A neuron is in the set of every domain that has more than an even share of its activity.
     """
     sets = {}
     for f in found:
         for d, name in enumerate(f.contrast.domains):
             mode = f.contrast.name.removeprefix("abilities").strip(", ")
-            sets[f"{name}, {mode}" if mode else name] = f.special & (f.rate[d] > f.bar)
+            sets[f"{name}, {mode}" if mode else name] = f.special & _more_than_even(f)[d]
     table = pd.DataFrame({name: inside.flatten().numpy() for name, inside in sets.items()})
     table = table[table.any(axis=1)]
     counted = table.value_counts().rename("neurons").reset_index()
     return (
         counted if len(counted) else pd.DataFrame({**dict.fromkeys(sets, [False]), "neurons": [0]})
     )
+
+
+def _more_than_even(f: Found) -> Tensor:
+    """Whether a domain has more than 1/N of a neuron's rates. [domain, layer, neuron]"""
+    return f.rate > f.rate.mean(0)
 
 
 def sensitivity(
