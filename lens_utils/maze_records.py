@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lens_utils import maze_tasks, mazes
+from lens_utils import maze_shapes, maze_tasks, mazes
 from lens_utils.errors import BadInput
 from lens_utils.maze_tasks import ABILITIES, TEMPLATES, Record, ask
 from lens_utils.maze_text import cells_in, cells_text, parse
@@ -33,7 +33,7 @@ def sample_mazes(n: int, size: int, seed: int, family: str = "path") -> list[Maz
         test = len(found) % 2 == 1
         if family == "shape":
             shape = SHAPES[len(found) // 2 % len(SHAPES)]
-            maze = mazes.shape_maze(rng, shape, size, test)
+            maze = maze_shapes.shape_maze(rng, shape, size, test)
             found[f"{len(found)}"] = maze
             continue
         maze = mazes.tree_maze(rng, size, test)

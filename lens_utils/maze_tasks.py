@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from lens_utils import mazes
 from lens_utils.errors import BadInput
+from lens_utils.maze_shapes import shape_fault, shape_maze
 from lens_utils.maze_text import cells_in, cells_text, parse, render
 from lens_utils.mazes import SHAPES, Cell, Maze
 
@@ -174,8 +175,8 @@ def ask(
         right = "No" if spoiled else "Yes"
         return Record(**given, path=tuple(path), negative_kind=spoiled, answer=right)
     if maze.shape:
-        drawn = (mazes.shape_maze(rng, maze.shape, maze.size, test) for _ in range(mazes.TRIES))
-        other = next((new for new in drawn if not mazes.shape_fault(maze, new)), None)
+        drawn = (shape_maze(rng, maze.shape, maze.size, test) for _ in range(mazes.TRIES))
+        other = next((new for new in drawn if not shape_fault(maze, new)), None)
         if other is None:  # the only layout of its shape on that side
             return None
         return Record(**given, answer=render(other, style))
@@ -204,7 +205,7 @@ def reply_fault(record: Record, reply: str) -> str:
         return "" if said[0] == record.answer else "answer"
     if record.family == "shape":
         try:
-            return mazes.shape_fault(maze, parse(reply, maze.shape))
+            return shape_fault(maze, parse(reply, maze.shape))
         except BadInput:
             return "format"
     if not (parts := re.search(r"(?is)path\s*:(.*?)empty\s*:(.*)", reply)):

@@ -23,7 +23,8 @@ LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
      "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
-     "fused", "graphs", "mazes", "maze_text", "maze_tasks", "maze_traces", "maze_records",
+     "fused", "graphs", "mazes", "maze_shapes", "maze_text", "maze_tasks", "maze_traces",
+     "maze_records",
      "probes", "probe_scores", "synthesis"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",

@@ -6,7 +6,7 @@ import random
 import networkx as nx
 import pytest
 
-from lens_utils import maze_records, maze_text, maze_traces, mazes
+from lens_utils import maze_records, maze_shapes, maze_text, maze_traces, mazes
 from lens_utils.errors import BadInput
 from lens_utils.maze_tasks import SHAPE_TEMPLATES, TASKS, TEMPLATES, ask, reply_fault
 from lens_utils.mazes import SHAPES, SPOILS, Maze
@@ -35,7 +35,7 @@ def trees() -> list[Maze]:
 @pytest.fixture(scope="module")
 def shaped() -> list[Maze]:
     rng = random.Random(2)
-    return [mazes.shape_maze(rng, SHAPES[n % 6], 5 + n % 3) for n in range(60)]
+    return [maze_shapes.shape_maze(rng, SHAPES[n % 6], 5 + n % 3) for n in range(60)]
 
 
 # Growing and solving
@@ -89,10 +89,10 @@ def test_a_maze_without_a_way_is_refused():
 
 def test_the_shapes_are_those_of_the_study():
     """Its 82 layouts on 5 x 5 cells and 466 on 7 x 7, counted from its own generator."""
-    counts = {name: len(mazes.shape_layouts(name, 5)) for name in SHAPES}
+    counts = {name: len(maze_shapes.shape_layouts(name, 5)) for name in SHAPES}
     assert counts == {"square": 14, "cross": 10, "spiral": 8, "triangle": 23, "C": 22, "Z": 5}
-    assert sum(len(mazes.shape_layouts(name, 7)) for name in SHAPES) == 466
-    layouts = [cells for name in SHAPES for cells in mazes.shape_layouts(name, 7)]
+    assert sum(len(maze_shapes.shape_layouts(name, 7)) for name in SHAPES) == 466
+    layouts = [cells for name in SHAPES for cells in maze_shapes.shape_layouts(name, 7)]
     assert len(set(layouts)) == len(layouts)
 
 
@@ -193,11 +193,11 @@ def test_the_same_maze_again_is_no_new_maze(trees):
 
 def test_echoing_a_shape_maze_is_no_answer(shaped):
     for maze in shaped:
-        assert mazes.shape_fault(maze, maze) == "same maze"
+        assert maze_shapes.shape_fault(maze, maze) == "same maze"
         others = {name for name in SHAPES if name != maze.shape}
         name = sorted(others)[0]
-        other = mazes.shape_maze(random.Random(8), name, maze.size)
-        assert mazes.shape_fault(maze, other) == "shape"
+        other = maze_shapes.shape_maze(random.Random(8), name, maze.size)
+        assert maze_shapes.shape_fault(maze, other) == "shape"
 
 
 # Concepts
