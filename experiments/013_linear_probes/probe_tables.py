@@ -157,7 +157,7 @@ def directions(sets: list[Solved]) -> pd.DataFrame:
                     ])  # fmt: skip
                     row = {"set": one.name, "site": group.site, "depth": group.depth,
                            "label": b, "other": a, "cosine": value}  # fmt: skip
-                    if len(null):
+                    if len(null) and not np.isnan(value):
                         far = np.abs(null - null.mean()) >= abs(value - null.mean())
                         low, high = np.percentile(null, [2.5, 97.5])
                         row |= {"null": null.mean(), "null_low": low, "null_high": high,
