@@ -4,7 +4,6 @@
 because the shape checker has to be there first.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 

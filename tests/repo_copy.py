@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lens_utils import provenance
 
-CODE = ("lab", "lens_utils", "experiments", "notebooks", "models", "tests", "slurm", "pyproject.toml",
-        "requirements.txt", "README.md", "NOTES.md")  # fmt: skip
+CODE = ("lab", "lens_utils", "experiments", "notebooks", "models", "tests", "slurm",
+        "pyproject.toml", "requirements.txt", "README.md", "NOTES.md")  # fmt: skip
 
 
 def copy(target: Path) -> Path:
