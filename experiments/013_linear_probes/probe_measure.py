@@ -155,27 +155,27 @@ def dape_sets(
 
 
 def on_neurons(
-    model: LoadedModel, asked: Sequence[Asked], sets: list[dict[str, Any]], plan: Design,
-    penalty: float,
+    model: LoadedModel, asked: Sequence[Asked], sets: list[dict[str, Any]],
+    plans: dict[str, Design], penalty: float,
 ) -> pd.DataFrame:  # fmt: skip
-    """Held-out-wording scores of probes that see only some neurons at the last prompt token."""
+    """Held-out-wording scores of probes that see only some neurons at the last prompt token.
+
+    plans: of every label; an ability's neurons are asked for that ability's only.
+    """
     rows = [maze_prompts.encode(model, one.record) for one in asked]
     union = sorted({neuron for one in sets for neuron in one["neurons"]})
     column = {neuron: i for i, neuron in enumerate(union)}
     values = probe_readings.neurons_at_last(model, rows, union).to(model.device)
-    cells, _ = plan.cells
     found = []
     for one in sets:
         columns = [column[neuron] for neuron in one["neurons"]]
-        solved = solve({"neurons": values[:, None, columns]}, plan, penalty, model.device)
-        for cell, about in enumerate(cells.itertuples()):
-            if one["kind"] != "all" and about.label != f"requires_{one['ability']}":
-                continue
-            scores = probe_scores.standard(
-                plan.rows[about.label].to_numpy(), solved["logits"][0, cell]
-            )
-            found.append({"label": about.label, "kind": one["kind"], "n_neurons": len(columns)}
-                         | scores)  # fmt: skip
+        held = {"neurons": values[:, None, columns]}
+        for label in [f"requires_{one['ability']}"] if one["ability"] else plans:
+            plan = plans[label]
+            logits = solve(held, plan, penalty, model.device)["logits"][0, 0]
+            scores = probe_scores.standard(plan.rows[label].to_numpy(), logits)
+            about = {"label": label, "kind": one["kind"], "n_neurons": len(columns)}
+            found.append(about | scores)
     return pd.DataFrame(found)
 
 
@@ -211,7 +211,10 @@ class Study:
             )
 
         stage = f"states_{name}{'_untrained' if untrained else ''}.safetensors"
-        return self.run.chunks(stage, self.asked[name], PART, compute)
+        held = self.run.chunks(stage, self.asked[name], PART, compute)
+        if self.cfg.quick:  # one null is enough
+            held.pop("cells", None)
+        return held
 
     def solved(self, name: str) -> Solved:
         """A set with everything that is asked of it."""
@@ -255,14 +258,14 @@ class Study:
         if self.cfg.use_dape:
             results = self.run.upstream("011_domain_neurons", "qwen3_dape_results.json")
             shape = self.model.n_layers, self.model.bridge.cfg.d_mlp
-            n_random = 5 if self.cfg.quick else self.cfg.random_sets
+            n_random = 3 if self.cfg.quick else self.cfg.random_sets
             sets = dape_sets(results, shape, n_random, self.cfg.seed)
         if not sets:
             return pd.DataFrame(columns=["label", "kind", "n_neurons", "accuracy", "auc"])
-        plan = design.plain_design(
-            self.rows["direct"], self.folds, self.cfg.seed, design.REQUIRES, ("template",)
-        )
-        return on_neurons(self.model, self.asked["direct"], sets, plan, self.cfg.penalty)
+        rows, seed = self.rows["direct"], self.cfg.seed
+        plans = {label: design.plain_design(rows, self.folds, seed, (label,), ("template",))
+                 for label in design.REQUIRES}  # fmt: skip
+        return on_neurons(self.model, self.asked["direct"], sets, plans, self.cfg.penalty)
 
     def counts(self, sets: Sequence[Solved]) -> dict[str, int]:
         """How much was asked."""

@@ -37,7 +37,7 @@ class Config(BaseConfig):
     use_dape: bool = True
     """Probe the neurons that 011 found specialised."""
     random_sets: int = 20
-    """Random sets of as many neurons (a quick run: 5)."""
+    """Random sets of as many neurons (a quick run: 3)."""
 
 
 def main(cfg: Config, run: Run) -> None:
