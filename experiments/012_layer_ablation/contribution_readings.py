@@ -22,7 +22,7 @@ from lens_utils.maze_tasks import ABILITIES, reply_fault
 from lens_utils.models import LoadedModel
 
 MAZES, QUICK_MAZES = 24, 4
-QUICK_GREEDY = 2
+QUICK_GREEDY = 1
 RATIOS, QUICK_RATIOS = "0,0.25,0.5,0.75,1", "0,0.5,1"
 TOKENS = 6144  # of one forward pass, padding included
 ABOUT = ("id", "maze_id", "half", "task", "mode")
@@ -86,7 +86,8 @@ class Session:
         """
         wanted = self.cfg.max_samples or (QUICK_MAZES if self.cfg.quick else MAZES)
         asked_about = {(task, mode) for task, mode in passing(gate)}
-        asked_about |= {("recall", m) for m, c in gate.get("recall", {}).items() if c["passes"]}
+        if not self.cfg.quick:  # a control
+            asked_about |= {("recall", m) for m, c in gate.get("recall", {}).items() if c["passes"]}
         mazes: dict[str, list[str]] = {"train": [], "test": []}
         for h in held:
             if h["maze_id"] not in mazes[h["split"]]:
@@ -269,8 +270,10 @@ class Session:
         records = {h["id"]: from_dict(h) for h in held if h["id"] in asked}
         see, ids = ablate.following(self.model)
         edits = [Ablation(self.layers[0], ratio=0.0)]
-        ratios = (0.5,) if self.cfg.quick else (0.5, 1.0)
-        edits += [Ablation(layer, ratio=ratio) for layer in self.layers for ratio in ratios]
+        ratios, layers = (0.5, 1.0), self.layers
+        if self.cfg.quick:
+            ratios, layers = (0.5,), self.layers[:2]
+        edits += [Ablation(layer, ratio=ratio) for layer in layers for ratio in ratios]
         d_model = self.model.bridge.cfg.d_model
         for batch in _batches(part):
             room = max(len(q["target"]) for q in batch) + 24

@@ -35,7 +35,7 @@ class Config(BaseConfig):
     """Random sets of heads beside every set that an ability needs (a quick run takes 3)."""
     greedy_mazes: int = 4
     """Mazes of the second half whose answers are also written under ablation and verified
-    (a quick run takes 2, without thinking)."""
+    (a quick run takes 1, without thinking)."""
     longest: int = 1024
     """Questions whose prompt and reply are longer than so many tokens are left out, and counted."""
 
