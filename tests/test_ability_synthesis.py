@@ -228,7 +228,7 @@ def test_dependence_and_dissociation(agreed):
 def test_concepts(agreed):
     said = verdicts(agreed)
     assert said["Turn can be read beyond an untrained model and a bag of tokens"] == "supported"
-    assert said["Dead_end can be read beyond an untrained model and a bag of tokens"] == (
+    assert said["Dead end can be read beyond an untrained model and a bag of tokens"] == (
         "contradicted"
     )
     assert said["Junction can be read beyond an untrained model and a bag of tokens"] == (
@@ -237,7 +237,7 @@ def test_concepts(agreed):
     needed = "Answers to solve need the neurons of {} more than random ones"
     assert said[needed.format("junction")] == "supported"
     assert said[needed.format("turn")] == "not supported", "random sets cost as much"
-    assert said[needed.format("dead_end")] == "not testable"
+    assert said[needed.format("dead end")] == "not testable"
     checks = agreed.read("checkpoints.csv").set_index("checkpoint")
     assert checks.value["5 concepts read beyond their baselines"] == 1
     assert checks.value["5 causal edges between concepts' neurons"] == 2

@@ -189,8 +189,8 @@ def _dissociated(
                 for lo, hi in ((low, high), (low_other, high_other))
             ]
             because = (
-                f"its own set costs {one} [{low:.2f}, {high:.2f}] and {other} "
-                f"[{low_other:.2f}, {high_other:.2f}] nats more than the other's"
+                f"nats that its own set costs more than the other's: {one} [{low:.3g}, "
+                f"{high:.3g}], {other} [{low_other:.3g}, {high_other:.3g}]"
             )
             yield Finding(HIERARCHY, said, synthesis.all_of(parts), because)
 
@@ -239,14 +239,15 @@ def _concepts(
         yield synthesis.untestable(CONCEPTS, said, "015 stopped at the gate")
         return
     for row in concepts[~concepts.trivial].itertuples():
-        said = f"{row.concept} can be read beyond an untrained model and a bag of tokens"
+        concept = row.concept.replace("_", " ")
+        said = f"{concept} can be read beyond an untrained model and a bag of tokens"
         null = max(row.untrained, row.bag)
         above = Estimate(
             value=row.auroc - null, low=row.low - null, high=row.high - null, n=int(row.n)
         )
         yield synthesis.claim(CONCEPTS, said, above, f"AUROC above {null:.2f}")
         lost = first(behaviour, concept=row.concept, task="solve")
-        said = f"Answers to solve need the neurons of {row.concept} more than random ones"
+        said = f"Answers to solve need the neurons of {concept} more than random ones"
         if gate := _gated(closed, CONCEPTS, said, "solve"):
             yield gate
             continue
@@ -260,7 +261,7 @@ def _concepts(
         because = f"{found.because}; p {lost.p:.3f} among {lost.sets} random sets"
         alone = found.verdict == "supported" and lost.p > synthesis.LEVEL
         yield Finding(CONCEPTS, said, "not supported" if alone else found.verdict, because)
-    said = "Neurons of one layer's concepts move those of later layers more than random sets do"
+    said = "Concepts' neurons move those of later layers more than random sets do"
     if edges is None or edges.empty:
         yield synthesis.untestable(CONCEPTS, said, "015 asked no edge")
     else:

@@ -13,6 +13,7 @@ from lens_utils.stats import Estimate
 from lens_utils.synthesis import Curve
 
 TOGETHER = "all methods"
+FOREIGN = ("end turned", "other maze's trace")  # traces that lead to another answer
 BY_GAIN = "all methods, probes by what each layer adds"
 
 
@@ -172,7 +173,9 @@ def traces(answers: pd.DataFrame | None, seed: int) -> pd.DataFrame:
         some = some.astype({"right": float, "follows": float})
         wide = some.pivot_table(index="maze_id", columns="condition", values="right")
         for condition, here in some.groupby("condition", sort=False):
-            held = {"follows": 100 * here.groupby("maze_id").follows.mean() - 50}
+            held = {}
+            if condition in FOREIGN:
+                held["follows"] = 100 * here.groupby("maze_id").follows.mean() - 50
             if "own trace" in wide and condition != "own trace":
                 held["right"] = 100 * (wide["own trace"] - wide[condition]).dropna()
             rows += [{"ability": ability, "condition": condition, "measure": name,
