@@ -139,7 +139,7 @@ def planted(n_neurons: int = 60, seed: int = 0) -> tuple[sample.Contrast, dape.T
     alike in all domains. 20 mazes, three questions of ten tokens each."""
     rng = np.random.default_rng(seed)
     group, label = np.repeat(np.arange(20), 3), np.tile([0, 1, 2], 20)
-    p = np.broadcast_to(rng.uniform(0.05, 0.5, (2, n_neurons)), (60, 2, n_neurons)).copy()
+    p = np.broadcast_to(rng.uniform(0.25, 0.5, (2, n_neurons)), (60, 2, n_neurons)).copy()
     p[:, 0, :2] = np.where(label == 0, 0.95, 0.02)[:, None]
     p[:, 1, 5] = np.where(label == 2, 0.9, 0.05)
     active = torch.from_numpy(rng.binomial(10, p).astype(np.float32))
