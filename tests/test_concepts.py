@@ -109,11 +109,18 @@ def test_auroc_counts_pairs_of_one_cell(made):
 
 
 def test_auroc_interval_resamples_mazes():
-    """Every maze twice: as many mazes as before, not twice as many."""
+    """Against mazes drawn and laid side by side; and every maze twice: as many as before."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=120), rng.random(120) < 0.5
     cell, maze = np.arange(120) % 4, np.arange(120) // 4
     once = concepts.auroc_interval(x, y, cell, maze)
+    drawn = []
+    for _ in range(400):
+        rows = np.concatenate([np.flatnonzero(maze == m) for m in rng.integers(30, size=30)])
+        drawn.append(concepts.auroc(x[rows, None], y[rows, None], cell[rows])[0, 0])
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert once[1] - once[0] == pytest.approx(high - low, rel=0.2)
+    assert concepts.auroc_interval(np.ones(120), y, cell, maze) == (0.5, 0.5)
     twice = concepts.auroc_interval(
         np.tile(x, 2), np.tile(y, 2), np.concatenate([cell, cell + 4]), np.tile(maze, 2)
     )
@@ -157,7 +164,7 @@ def test_neurons_at_tokens_read_and_silenced(arch, tiny):
     to their stratum's value at some tokens, against the same edit before the down projection."""
     model, plain = wrap(tiny(arch), None, ModelSpec(arch, arch)), tiny(arch)
     rows = [[5, 9, 3, 7], [8, 6], [4, 4, 12, 30, 31]]
-    at = [[3, 0], [], [4, 1, 2]]
+    at = [[3, 0], [1], [4, 1, 2]]
     name = "blocks.1.mlp.hook_post"
     found = concepts.at_tokens(model, rows, at, [name], batch_size=2)[name]
     held = []
@@ -217,7 +224,9 @@ def test_beyond_is_a_prediction_interval():
     null = rng.normal(2.0, 3.0, size=(2000, 20))
     t, p = concepts.beyond(rng.normal(2.0, 3.0, size=2000), null)
     assert stats.kstest(p, "uniform").pvalue > 0.001
+    by_hand = (20.0 - null[0].mean()) / (null[0].std(ddof=1) * np.sqrt(21 / 20))
     far, small = concepts.beyond(np.array([20.0]), null[:1])
+    assert far[0] == pytest.approx(by_hand)
     assert far[0] > 4 and small[0] < 0.001
     assert np.isnan(concepts.beyond(np.array([1.0]), np.ones((1, 5)))[0]).all()
 

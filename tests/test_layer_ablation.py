@@ -216,6 +216,10 @@ def test_exact_is_what_greedy_decoding_would_write(loaded):
     own = generate.continuations(model, [PROMPTS[0]], 4)[0].tolist()
     given, scores = scored(model, (), None, [PROMPTS[0]] * 2, [own, [*own[:3], own[3] ^ 1]], [1, 1])
     assert ablate.exact(scores, given).tolist() == [True, False]
+    other = own[0] ^ 1
+    behind = generate.continuations(model, [[*PROMPTS[0], other]], 3)[0].tolist()
+    traced, wrong = scored(model, (), None, [PROMPTS[0]], [[other, *behind]], [1])
+    assert not ablate.exact(wrong, traced).any()  # the trace counts too
     mean = ablate.mean_over(scores.logp, given, "answer")
     torch.testing.assert_close(mean[0], scores.logp[0][given.role[0] == 2].mean())
     direct, plain = scored(model, (), None, [PROMPTS[0]], [own], [0])
