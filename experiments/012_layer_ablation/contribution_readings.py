@@ -245,8 +245,11 @@ class Session:
                  for name in ablate.WRITES["both"]]  # fmt: skip
         held = record(self.model, other.ids, names)
         width = max(given.ids.shape[1], other.ids.shape[1])
-        padded = [dataclasses.replace(t, role=torch.nn.functional.pad(
-            t.role, (0, width - t.role.shape[1]), value=-1)) for t in (given, other)]  # fmt: skip
+
+        def widened(t: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(t, (0, width - t.shape[1]), value=-1)
+
+        padded = [Texts(widened(t.ids), widened(t.ahead), widened(t.role)) for t in (given, other)]
         at = ablate.aligned(*padded)[:, : given.ids.shape[1]]
         row = torch.arange(len(at))[:, None]
         return {name: x[row.to(x.device), at.to(x.device)] for name, x in held.items()}

@@ -63,7 +63,7 @@ def results(
             curves[key] = curve.set_index("depth").reindex(range(n_layers + 1))
         curve = curves[label]
         blocks = curve.loc[1:]
-        value = blocks.accuracy.fillna(-1).to_numpy()
+        value = blocks.accuracy.fillna(-1).tolist()
         order = [layer for layer in probe_scores.ranked(value) if value[layer] >= 0]
         inside = [layer for layer in order if BAND[0] <= value[layer] <= BAND[1]]
         flow = at(tables["flow"], set=MAIN[label][0], site=MAIN[label][1], label=label)
