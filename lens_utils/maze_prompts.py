@@ -97,24 +97,34 @@ def _answer(model: LoadedModel, record: Record) -> list[int]:
     return model.encode(record.answer, bos=False)
 
 
-def cell_positions(model: LoadedModel, record: Record, ids: Sequence[int]) -> list[CellAt]:
-    """Every cell named in a prompt, in order, by its last token.
-
-    ids: of `encode`. For the coord_list format. Raises BadInput where the ids do not spell the
-    prompt.
-    """
+def cells_named(
+    model: LoadedModel, ids: Sequence[int]
+) -> tuple[str, list[tuple[int, re.Match[str]]]]:
+    """The text of token ids, and every cell in it with the place of its last token."""
     ends, text = [], ""
     for n in range(1, len(ids) + 1):  # the text grows with every id; slow tokenizers too
         text = model.decode(ids[:n])
         ends.append(len(text))
-    sections = re.compile(r"\b(Player|Goal|Walls|Empty|Path)\s*:")
-    marks = [(m.start(), m[1].lower()) for m in sections.finditer(text)]
     found, at = [], 0
     for match in CELL.finditer(text):
         while ends[at] < match.end():
             at += 1
+        found.append((at, match))
+    return text, found
+
+
+def cell_positions(model: LoadedModel, ids: Sequence[int]) -> list[CellAt]:
+    """Every cell named in a prompt, in order, by its last token.
+
+    ids: of `encode`, of a prompt in the coord_list format. Raises BadInput where they spell none.
+    """
+    text, named = cells_named(model, ids)
+    sections = re.compile(r"\b(Player|Goal|Walls|Empty|Path)\s*:")
+    marks = [(m.start(), m[1].lower()) for m in sections.finditer(text)]
+    found = []
+    for position, match in named:
         section = [name for start, name in marks if start < match.start()]
         if not section:
             raise BadInput(f"{model.name}: a cell before any list in {text[:60]!r}")
-        found.append(CellAt(at, (int(match[1]), int(match[2])), section[-1]))
+        found.append(CellAt(position, (int(match[1]), int(match[2])), section[-1]))
     return found

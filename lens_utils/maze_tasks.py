@@ -57,8 +57,6 @@ TEMPLATES = {
         "Is this path valid? Do not say. Where is the player?",
     ),
 }
-NAMED = ("solve", "solve", "generate", "generate", "recognize", "recognize")
-"""The ability that each lexical template names without needing it."""
 SHAPE_TEMPLATES = {
     "solve": TEMPLATES["solve"],
     "recognize": tuple(

@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray
 from scipy.special import expit
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 
 DRAWS = 1000
 BINS = 10  # of confidence, for calibration
@@ -38,14 +38,12 @@ def standard(
         nothing = dict.fromkeys(("accuracy", "precision", "recall", "f1", "auc"), float("nan"))
         return nothing | {"n": int(known.sum())}
     right, false = float((z[y] > 0).mean()), float((z[~y] > 0).mean())
-    ranks, n = rankdata(z), int(y.sum())
-    auc = (ranks[y].sum() - n * (n + 1) / 2) / (n * (len(y) - n))
     return {
         "accuracy": (right + 1 - false) / 2,
         "precision": right / (right + false) if right + false else 0.0,
         "recall": right,
         "f1": 2 * right / (1 + right + false),
-        "auc": float(auc),
+        "auc": float(roc_auc_score(y, z)),
         "n": int(known.sum()),
     }
 

@@ -93,18 +93,11 @@ def mentions(model: LoadedModel, what: Said) -> list[Mention]:
         ("thinking", what.ids[what.start : what.answer], what.start),
         ("answer", what.ids[what.answer :], what.answer),
     ):
-        ends, text = [], ""
-        for n in range(1, len(ids) + 1):
-            text = model.decode(ids[:n])
-            ends.append(len(text))
-        at = 0
-        for cell in CELL.finditer(text):
-            while ends[at] < cell.end():
-                at += 1
+        text, named = maze_prompts.cells_named(model, ids)
+        for at, cell in named:
             words = text[: cell.start()].split()
             phase = "answer" if region == "answer" else maze_traces.phases([*words, "()"])[-1]
-            named = int(cell[1]), int(cell[2])
-            found.append(Mention(offset + at, named, region, phase))
+            found.append(Mention(offset + at, (int(cell[1]), int(cell[2])), region, phase))
     return found
 
 

@@ -125,7 +125,7 @@ def test_it_does_what_it_was_trained_for(organism):
 def test_its_card_says_what_training_measured():
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     seeds = json.loads((FOLDER / "seeds.json").read_text(encoding="utf-8"))
-    assert "0" in seeds
+    assert len(seeds) >= 3
     for seed, held in seeds.items():
         for cell, share in held["accuracy"].items():
             row = next(line for line in card.splitlines() if line.startswith(f"| {cell} |"))
@@ -160,7 +160,7 @@ def test_cells_are_found_where_they_are_written(organism, smol):
     for model in (organism, smol):
         for record in records[:: 5 if model is organism else 11]:
             ids = maze_prompts.encode(model, record)
-            found = maze_prompts.cell_positions(model, record, ids)
+            found = maze_prompts.cell_positions(model, ids)
             listed = [at.cell for at in found if at.section == "empty"]
             assert listed == sorted(record.maze.open)
             assert {at.cell for at in found if at.section == "walls"}.isdisjoint(listed)

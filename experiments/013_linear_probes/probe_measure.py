@@ -71,7 +71,7 @@ def sites(model: LoadedModel, asked: Asked, wanted: str) -> tuple[list[int], dic
         whole = model.encode(f"{maze_prompts.OPEN}\n{asked.thought}", bos=False)
         span = range(len(ids) + len(head), len(ids) + len(whole))
         return [*ids, *whole], {"last": last, "thought": list(span)}
-    named = maze_prompts.cell_positions(model, record, ids)
+    named = maze_prompts.cell_positions(model, ids)
     if wanted == "judge":
         return ids, {"path": [c.position for c in named if c.section == "path"], "last": last}
     cells = [c.position for c in named if c.section == "empty"]

@@ -161,7 +161,7 @@ class Session:
             asked = maze_tasks.ask(rng, maze, "solve", 0, False)
             ids = maze_prompts.encode(self.model, asked)
             cells = [[at.position, at.cell[0] * maze.size + at.cell[1], at.section]
-                     for at in maze_prompts.cell_positions(self.model, asked, ids)
+                     for at in maze_prompts.cell_positions(self.model, ids)
                      if at.section in ("walls", "empty")]  # fmt: skip
             found.append({"maze_id": maze.maze_id, "split": "test" if test else "train",
                           "size": maze.size, "open": cells_text(sorted(maze.open)),
@@ -353,7 +353,7 @@ class Session:
         place = torch.full(given.ids.shape, -1, device=given.ids.device)
         for i, h in enumerate(asked):
             size = h["maze_metadata"]["size"]
-            for at in maze_prompts.cell_positions(self.model, from_dict(h), prompts[i]):
+            for at in maze_prompts.cell_positions(self.model, prompts[i]):
                 if at.section == "empty":
                     place[i, at.position] = at.cell[0] * size + at.cell[1]
         resid, readout = ablate.residuals(self.model, given), lens.Readout(self.model.bridge)
