@@ -30,7 +30,8 @@ LAYERS = (
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
      "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
-     "concepts", "probe_readings", "dape", "neuron_sets", "traces"},
+     "concepts", "probe_readings", "dape", "neuron_sets", "traces",
+     "kv_units", "kv_masks", "kv_scores", "kv_learn"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "__main__"},
