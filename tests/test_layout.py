@@ -34,7 +34,8 @@ LAYERS = (
      "kv_units", "kv_masks", "kv_scores", "kv_learn"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
-     "skeleton", "__main__"},
+     "skeleton", "tracking", "kv_runs", "kv_figures", "kv_pages", "kv_variants", "kv_variant_text",
+     "kv_variant_figures", "__main__"},
 )  # fmt: skip
 FOR_NOTEBOOKS = {"experiment", "viz"}
 SHAPES = {"Float", "Int", "Bool", "Shaped", "Num", "Real", "Integer", "Inexact", "UInt", "Complex"}
