@@ -62,7 +62,7 @@ def _ranked(masks: Mapping[int, LayerMask]) -> dict[tuple[str, str], np.ndarray]
 def _scales(cut: float, length: float) -> dict[str, Any]:
     """The two colour bars beside a map: kept above, replaced below."""
     bar = {"thickness": 14, "len": length, "x": 1.01, "xanchor": "left", "lenmode": "fraction",
-           "tickformat": ".2~f", "nticks": 4, "tickfont": {"size": 12},
+           "tickformat": ".3~f", "nticks": 4, "tickfont": {"size": 12},
            "title": {"side": "top", "font": {"size": 12}}}  # fmt: skip
     low, high = ({"y": 0, "yanchor": "bottom"}, {"y": 1, "yanchor": "top"})
     return {

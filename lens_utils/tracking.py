@@ -72,7 +72,10 @@ class Wandb(Tracker):
         self._run.log({name: self._wandb.Table(dataframe=frame)})
 
     def image(self, name: str, path: Path) -> None:
-        self._run.log({name: self._wandb.Image(str(path))})
+        try:
+            self._run.log({name: self._wandb.Image(str(path))})
+        except self._wandb.errors.Error as error:  # wandb measures images with pillow
+            raise Failure(f"Weights & Biases: {_line(error)}") from error
 
     def artifact(self, path: Path, name: str) -> None:
         held = self._wandb.Artifact(name, type="model")
