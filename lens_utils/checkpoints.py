@@ -2,10 +2,12 @@
 
 A GPT-2 state dict, of nanoGPT or of Hugging Face, does not say how many heads it was trained with,
 nor which GELU: a wrong number loads without complaint and computes another function. So both come
-from the checkpoint's own `model_args` or `config`, or from a JSON file of the same name beside it;
-they are never guessed. No file is trusted with more than numbers: no pickled code, no remote code.
+from the checkpoint's own `model_args` or `config`, from a JSON file of the same name beside it, or
+from the caller; they are never guessed. No file is trusted with more than numbers and plain
+settings: no pickled code, no remote code.
 """
 
+import argparse
 import contextlib
 import json
 import pickle
@@ -32,6 +34,7 @@ from lens_utils.errors import BadInput
 WRAPPINGS = ("model", "model_state_dict", "state_dict")
 PREFIXES = ("_orig_mod.", "module.", "transformer.")  # torch.compile, DataParallel, the model
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # nanoGPT: Linear; HF: Conv1D
+ALIASES = {"num_attention_heads": "n_head", "activation_function": "activation"}
 GELUS = ("gelu", "gelu_new", "relu")
 
 
@@ -63,11 +66,14 @@ def load_folder(
     return hf
 
 
-def load_gpt2(path: Path) -> GPT2LMHeadModel:
+def load_gpt2(
+    path: Path, n_head: int | None = None, activation: str | None = None
+) -> GPT2LMHeadModel:
     """The model of a .pt, .pth, .ckpt or .safetensors file, in float32.
 
-    A c_attn of 2 * d_model rows is read as tied keys and values. Raises BadInput when the file is
-    no such checkpoint, holds more than tensors, or does not say its number of heads.
+    A c_attn of 2 * d_model rows is read as tied keys and values. n_head and activation are for a
+    file that does not say them. Raises BadInput when the file is no such checkpoint, holds more
+    than tensors, does not say its number of heads, or says another one.
     """
     raw = _tensors_only(path)
     state = next((raw[k] for k in WRAPPINGS if isinstance(raw.get(k), dict)), raw)
@@ -77,6 +83,11 @@ def load_gpt2(path: Path) -> GPT2LMHeadModel:
         raise BadInput(f"{path.name}: no {min(lacking)} in it, so not the GPT-2 layout "
                        "(a Hugging Face model is named by its folder)")  # fmt: skip
     said = _said(path, raw)
+    given = {"n_head": n_head, "activation": activation}
+    for setting, value in given.items():
+        if value not in (None, said.get(setting, value)):
+            raise BadInput(f"{path.name} says {setting} {said[setting]!r} itself, not {value!r}")
+    said |= {setting: value for setting, value in given.items() if value is not None}
     d_vocab, d_model = weights["wte.weight"].shape
     head = weights.get("lm_head.weight", weights["wte.weight"])
     config = GPT2Config(
@@ -101,6 +112,27 @@ def load_gpt2(path: Path) -> GPT2LMHeadModel:
     return model.eval()
 
 
+def has_tied_kv(hf: PreTrainedModel) -> bool:
+    """Whether the keys of a GPT-2 are its values, in every layer."""
+    if not isinstance(hf, GPT2LMHeadModel):
+        return False
+    return all(
+        torch.equal(key, value)
+        for block in hf.transformer.h
+        for parts in (block.attn.c_attn.weight, block.attn.c_attn.bias)
+        for _, key, value in [parts.chunk(3, dim=-1)]
+    )
+
+
+@torch.no_grad()
+def tie_kv(hf: GPT2LMHeadModel) -> None:
+    """Make the values of a GPT-2 its keys, in place."""
+    for block in hf.transformer.h:
+        for parts in (block.attn.c_attn.weight, block.attn.c_attn.bias):
+            _, key, value = parts.chunk(3, dim=-1)
+            value.copy_(key)
+
+
 @contextlib.contextmanager
 def _readable(folder: Path) -> Iterator[None]:
     try:
@@ -117,7 +149,9 @@ def _tensors_only(path: Path) -> dict[Any, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts keep their command line beside the weights: names and values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            raw = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(f"{path.name} is damaged or holds more than tensors, and code in a pickle "
                        "is never run: save its state dict as .safetensors") from None  # fmt: skip
@@ -144,27 +178,29 @@ def _bare(name: str) -> str:
 def _said(path: Path, raw: dict[Any, Any]) -> dict[str, Any]:
     """What is known of the model beyond its tensors; the file beside it has the last word."""
     said = {}
-    if isinstance(raw.get("model_args"), dict):
+    kept = {k: vars(v) if isinstance(v, argparse.Namespace) else v for k, v in raw.items()}
+    if isinstance(kept.get("model_args"), dict):
         # nanoGPT's GELU is exact; Hugging Face's GPT-2 has the tanh approximation.
-        said = {"activation": "gelu", **raw["model_args"]}
-    elif isinstance(raw.get("config"), dict):
-        said = raw["config"]
+        said = {"activation": "gelu", **kept["model_args"]}
+    elif isinstance(kept.get("config"), dict):
+        said = dict(kept["config"])
+    said = {ALIASES.get(k, k): v for k, v in said.items()}
     sidecar = path.with_suffix(".json")
     if not sidecar.exists():
         return said
     try:
-        return {**said, **files.read(sidecar)}
+        return said | {ALIASES.get(k, k): v for k, v in dict(files.read(sidecar)).items()}
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise BadInput(f"{sidecar.name} is not a JSON object: {_line(error)}") from None
 
 
 def _heads(path: Path, said: dict[str, Any], d_model: int) -> int:
-    heads = said.get("n_head", said.get("num_attention_heads"))
+    heads = said.get("n_head")
     if heads is None:
         raise BadInput(
-            f"{path.name} does not say its number of heads: write {path.stem}.json beside it with "
-            f'{{"n_head": N, "activation": "gelu"}} (d_model {d_model}; nanoGPT uses "gelu", '
-            'Hugging Face GPT-2 "gelu_new")'
+            f"{path.name} does not say its number of heads: give n_head and activation, or write "
+            f'{path.stem}.json beside it with {{"n_head": N, "activation": "gelu"}} (d_model '
+            f'{d_model}; nanoGPT uses "gelu", Hugging Face GPT-2 "gelu_new")'
         )
     if not isinstance(heads, int) or heads < 1 or d_model % heads:
         raise BadInput(f"{path.name}: {heads!r} heads do not divide d_model {d_model}")
@@ -172,7 +208,7 @@ def _heads(path: Path, said: dict[str, Any], d_model: int) -> int:
 
 
 def _activation(path: Path, said: dict[str, Any]) -> str:
-    name = said.get("activation", said.get("activation_function"))
+    name = said.get("activation")
     if name not in GELUS:
         raise BadInput(f"{path.name}: activation {name!r}: say {', '.join(GELUS)} in "
                        f"{path.stem}.json")  # fmt: skip

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ class Doc:
 
     id: str
     text: str
+    topic: str = ""
+    """Its subject, where the source says one."""
 
     @property
     def split(self) -> str:
         """fit, validation or test, by a digest of the file: its texts are never in two."""
-        return {0: "test", 1: "validation"}.get(_number(self.id.partition(":")[0]) % 10, "fit")
+        return {0: "test", 1: "validation"}.get(number(self.id.partition(":")[0]) % 10, "fit")
 
 
 def docstrings(
@@ -36,10 +39,12 @@ def docstrings(
     docs: list[Doc] = []
     seen: set[str] = set()  # paragraphs are copied from one docstring to the next
     total = 0
-    for name, path in sorted(_sources(packages), key=lambda f: _number(f[0])):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
-                continue
+    for name, path in sources(packages):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except SyntaxError:  # written for a newer Python than this one
+            continue
+        for node in _documented(tree):
             new = [p for p in _sentences(ast.get_docstring(node) or "") if p not in seen]
             seen.update(new)
             text = "\n\n".join(new)
@@ -51,7 +56,26 @@ def docstrings(
     return docs
 
 
-def _sources(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    """In the order of ast.walk, but without walking through expressions: most of a tree."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module):
+            yield node
+        todo.extend(
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case)
+        )
+
+
+def sources(packages: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Name and path of the packages' modules, tests left out, in an order that mixes packages."""
+    return sorted(_modules(packages), key=lambda module: number(module[0]))
+
+
+def _modules(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     for package in packages:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or [] if spec else []:
@@ -60,7 +84,8 @@ def _sources(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
                     yield str(path.relative_to(Path(folder).parent)), path
 
 
-def _number(text: str) -> int:
+def number(text: str) -> int:
+    """A number that depends on nothing but the text: for splits, and for an order that mixes."""
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 

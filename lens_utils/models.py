@@ -7,6 +7,7 @@ folding the norms in is asked for explicitly (`fold`), because raw weights are w
 intervention should see.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -122,18 +123,23 @@ def load_model(
     dtype: str = "auto",
     init_seed: int | None = None,
     fold: bool = False,
+    n_head: int | None = None,
+    activation: str | None = None,
 ) -> LoadedModel:
     """Load a model by registered name, hub id or path; with `init_seed`, its untrained twin.
 
     fold: TransformerLens' compatibility mode (norm gains folded into the next weights, the
-    unembedding centred); a float32 copy of all weights. Raises BadInput or Failure.
+    unembedding centred); a float32 copy of all weights. n_head and activation are for a GPT-2
+    checkpoint that does not say them. Raises BadInput or Failure.
     """
     logging.disable_progress_bar()
     spec, placed = resolve(name), pick_device(device)
     path = weights.locate(spec)
     if path.suffix in CHECKPOINTS:
-        hf = checkpoints.load_gpt2(path)
+        hf = checkpoints.load_gpt2(path, n_head, activation)
         hf = hf.to(pick_dtype("gpt2", hf.num_parameters(), dtype))
+    elif n_head is not None or activation is not None:
+        raise BadInput(f"{name} says its n_head and activation itself: leave them out")
     else:
         model_type, n_params = checkpoints.measure(path)
         chosen = pick_dtype(model_type, n_params, dtype)
@@ -144,6 +150,10 @@ def load_model(
     if placed == "mps":
         placed = _agreeing(hf, placed, may_fall_back=device == "auto")
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    # Fewer tokens than rows are usual (nanoGPT pads to 50,304). A folder of the hub may have more.
+    if path.suffix in CHECKPOINTS and tokenizer and len(tokenizer) > hf.config.vocab_size:
+        raise BadInput(f"the tokenizer beside {path.name} has {len(tokenizer)} tokens, the model "
+                       f"{hf.config.vocab_size}: it is another model's")  # fmt: skip
     return wrap(hf, tokenizer, spec, placed, path, fold, init_seed)
 
 
@@ -164,7 +174,8 @@ def wrap(
     architecture = type(hf).__name__
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise BadInput(f"{spec.name}: TransformerLens has no bridge for a {architecture}")
-    n_params = hf.num_parameters()  # before the bridge: it holds some weights twice
+    # Before the bridge: it holds some weights twice, and has others' names for them.
+    n_params, tied_kv = hf.num_parameters(), checkpoints.has_tied_kv(hf)
     spread = getattr(hf, "hf_device_map", None)
     hf = hf.eval() if spread else hf.eval().to(device)
     hf.set_attn_implementation("eager")  # fused attention has no scores and patterns to hook
@@ -188,6 +199,8 @@ def wrap(
         "bos": tokenizer.decode(list(bos)) if bos else "none",
         "weights": "folded" if fold else "raw",
     }
+    if tied_kv:
+        identity["attention"] = "tied K/V"
     if init_seed is not None:
         identity |= {"sha256": "", "weights": f"{identity['weights']}, untrained, seed {init_seed}"}
     n_ctx = hf.config.get_text_config().max_position_embeddings
@@ -198,7 +211,29 @@ def untrained(hf: PreTrainedModel, seed: int) -> PreTrainedModel:
     """The same architecture with freshly initialised weights: the null model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(hf.config, dtype=hf.dtype).eval()
+        twin = AutoModelForCausalLM.from_config(hf.config, dtype=hf.dtype).eval()
+    if checkpoints.has_tied_kv(hf):
+        checkpoints.tie_kv(twin)
+    return twin
+
+
+@torch.no_grad()
+def check_trained(model: LoadedModel, rows: Int[Tensor, "row pos"]) -> float:
+    """Cross-entropy of the rows' tokens but the first, in nats; the model's claim to be one.
+
+    A wrong number of heads and weights that were not loaded raise no error, but predict no better
+    than a guess. Raises BadInput when the mean is not below ln(d_vocab).
+    """
+    total = 0.0
+    for row in rows.to(model.device):
+        logits = model.bridge(row[None, :-1])[0].float()
+        total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+    loss, chance = total / rows[:, 1:].numel(), math.log(model.bridge.cfg.d_vocab)
+    if not loss < chance:  # also NaN
+        raise BadInput(f"{model.name} predicts this text no better than chance ({loss:.2f} nats a "
+                       f"token, ln d_vocab {chance:.2f}): its weights look random, its n_head is "
+                       "wrong, or these are not its tokens")  # fmt: skip
+    return loss
 
 
 def pick_device(asked: str) -> str:

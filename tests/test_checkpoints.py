@@ -1,6 +1,8 @@
 """A GPT-2 layout file computes what the code that trained it computed."""
 
+import argparse
 import json
+import math
 import os
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lens_utils.checkpoints import load_gpt2
 from lens_utils.errors import BadInput
-from lens_utils.models import load_model
+from lens_utils.models import check_trained, load_model
 
 HEADS, LAYERS, D_MODEL, D_VOCAB, N_CTX = 4, 2, 32, 40, 24
 IDS = torch.randint(D_VOCAB, (2, N_CTX), generator=torch.Generator().manual_seed(0))
@@ -115,7 +117,9 @@ def test_a_hugging_face_state_dict_with_a_file_beside_it(suffix, tmp_path):
 
 def test_a_tokenizer_beside_it_is_used(tmp_path, make_tokenizer):
     (tmp_path / "tokenizer.json").write_text(make_tokenizer().backend_tokenizer.to_str())
-    torch.save({"model": nano_state(), "model_args": ARGS}, tmp_path / "ckpt.pt")
+    table = torch.randn(64, D_MODEL)  # as many rows as it has tokens
+    state = nano_state() | {"transformer.wte.weight": table, "lm_head.weight": table}
+    torch.save({"model": state, "model_args": ARGS}, tmp_path / "ckpt.pt")
     assert load_model(str(tmp_path / "ckpt.pt"), device="cpu").encode("the cat") == [1, 4, 6]
 
 
@@ -197,3 +201,96 @@ def test_a_truncated_file(suffix, kept, tmp_path):
     with pytest.raises(BadInput) as error:
         load_gpt2(path)
     assert "\n" not in str(error.value)
+
+
+def test_keys_that_are_values_are_said(tmp_path):
+    for name, tied in (("plain.pt", False), ("tied.pt", True)):
+        torch.save({"model": nano_state(tied_kv=tied), "model_args": ARGS}, tmp_path / name)
+        model = load_model(str(tmp_path / name), device="cpu")
+        assert model.identity.get("attention") == ("tied K/V" if tied else None)
+        # Its null model is drawn within the same architecture.
+        twin = load_model(str(tmp_path / name), device="cpu", init_seed=0)
+        assert twin.identity.get("attention") == model.identity.get("attention")
+        assert twin.identity["weights"].startswith("raw, untrained")
+        caught = twin.bridge.run_with_cache(IDS)[1]
+        k, v = (caught[f"blocks.1.attn.hook_{part}"] for part in "kv")
+        assert torch.allclose(k.flatten(2), v.flatten(2)) == tied
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_heads_and_activation_can_be_given(suffix, tmp_path):
+    state = {name: x.clone() for name, x in nano_state().items()}
+    path = tmp_path / f"bare{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    with pytest.raises(BadInput, match="does not say its number of heads: give n_head"):
+        load_model(str(path), device="cpu")
+    with pytest.raises(BadInput, match="activation None: say gelu"):
+        load_model(str(path), device="cpu", n_head=HEADS)
+    with pytest.raises(BadInput, match="5 heads do not divide d_model 32"):
+        load_model(str(path), device="cpu", n_head=5, activation="gelu")
+    model = load_model(str(path), device="cpu", n_head=HEADS, activation="gelu")
+    torch.testing.assert_close(model.bridge(IDS), nano_forward(state, IDS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("key, name", [("model_args", "n_head"), ("config", "num_attention_heads")])
+def test_what_a_file_says_of_itself_is_not_overruled(key, name, tmp_path):
+    said = {name: HEADS, "activation_function": "gelu"}
+    torch.save({"model": nano_state(), key: said}, tmp_path / "ckpt.pt")
+    assert load_gpt2(tmp_path / "ckpt.pt", n_head=HEADS).config.n_head == HEADS
+    with pytest.raises(BadInput, match=r"ckpt\.pt says n_head 4 itself, not 8"):
+        load_gpt2(tmp_path / "ckpt.pt", n_head=8)
+    with pytest.raises(BadInput, match="says activation 'gelu' itself, not 'relu'"):
+        load_gpt2(tmp_path / "ckpt.pt", activation="relu")
+
+
+def test_a_folder_takes_no_heads(saved):
+    with pytest.raises(BadInput, match="says its n_head and activation itself"):
+        load_model(str(saved("gpt2")), device="cpu", n_head=4)
+
+
+def test_a_training_script_s_settings_are_read(tmp_path):
+    """argparse.Namespace beside the weights: names and values, but nothing that runs."""
+    settings = argparse.Namespace(n_head=HEADS, activation="gelu", lr=1e-3)
+    torch.save({"model": nano_state(), "config": settings}, tmp_path / "ckpt.pt")
+    assert_computes(tmp_path / "ckpt.pt", nano_forward(nano_state(), IDS))
+    settings.lr = Evil(f"touch {tmp_path / 'ran'}")
+    torch.save({"model": nano_state(), "config": settings}, tmp_path / "evil.pt")
+    with pytest.raises(BadInput, match="never run"):
+        load_gpt2(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_vocabulary_may_be_padded_but_not_cut(tmp_path, make_tokenizer):
+    tokenizer = make_tokenizer()  # 64 tokens
+    (tmp_path / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
+    state = nano_state()
+    for d_vocab, fits in ((70, True), (64, True), (63, False)):
+        table = torch.randn(d_vocab, D_MODEL)
+        state |= {"transformer.wte.weight": table, "lm_head.weight": table}
+        torch.save({"model": state, "model_args": ARGS}, tmp_path / "ckpt.pt")
+        if fits:
+            assert load_model(str(tmp_path / "ckpt.pt"), device="cpu").bridge.cfg.d_vocab == d_vocab
+        else:
+            with pytest.raises(BadInput, match="has 64 tokens, the model 63"):
+                load_model(str(tmp_path / "ckpt.pt"), device="cpu")
+
+
+def test_a_model_that_knows_nothing_of_its_text(tmp_path):
+    """By hand: a model that always expects token 3 with p, and all others alike."""
+    state = {name: torch.zeros_like(x) for name, x in nano_state().items()}
+    state["transformer.ln_f.bias"][0] = 1.0
+    state["transformer.wte.weight"][3, 0] = state["lm_head.weight"][3, 0] = 2.0
+    torch.save({"model": state, "model_args": ARGS}, tmp_path / "ckpt.pt")
+    model = load_model(str(tmp_path / "ckpt.pt"), device="cpu")
+    total = math.exp(2) + D_VOCAB - 1
+    rows = torch.tensor([[0, 3, 3], [1, 3, 3]])
+    assert check_trained(model, rows) == pytest.approx(math.log(total) - 2, abs=1e-5)
+    rows[:, 1] = 5  # half of what comes is 3: the mean counts
+    assert check_trained(model, rows) == pytest.approx(math.log(total) - 1, abs=1e-5)
+    chance = rf"predicts this text no better than chance \({math.log(total):.2f} nats a token"
+    with pytest.raises(BadInput, match=chance):
+        check_trained(model, torch.tensor([[3, 5, 7]]))
+    state["transformer.ln_f.bias"][0] = float("nan")
+    torch.save({"model": state, "model_args": ARGS}, tmp_path / "ckpt.pt")
+    with pytest.raises(BadInput, match="no better than chance"):
+        check_trained(load_model(str(tmp_path / "ckpt.pt"), device="cpu"), rows)

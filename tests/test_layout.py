@@ -21,7 +21,8 @@ EXPERIMENTS = experiments()
 NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("*.ipynb"))
 LAYERS = (
     # 0: arrays, text and files. No model, no run.
-    {"errors", "files", "provenance", "registry", "stats", "corpus", "answers", "problems",
+    {"errors", "files", "provenance", "registry", "stats", "corpus", "corpora", "token_files",
+     "answers", "problems",
      "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
      "fused", "graphs", "mazes", "maze_shapes", "maze_text", "maze_tasks", "maze_traces",
      "maze_records",
