@@ -257,10 +257,15 @@ class Run:
     # While it runs
 
     def model(
-        self, random_init: bool = False, fold: bool = False, other: str = ""
+        self,
+        random_init: bool = False,
+        fold: bool = False,
+        other: str = "",
+        n_head: int | None = None,
+        activation: str | None = None,
     ) -> "LoadedModel":
         """This run's model (or the `other` one), loaded once and named in the manifest; or its
-        untrained twin."""
+        untrained twin. n_head and activation: for a checkpoint that does not say them."""
         name = ("untrained twin" if random_init else "model") + (", folded" if fold else "")
         name += f" of {other}" if other else ""
         if name not in self._models:
@@ -269,7 +274,7 @@ class Run:
             cfg = self.cfg
             seed = cfg.seed if random_init else None
             model = other or cfg.model
-            loaded = load_model(model, cfg.device, cfg.dtype, init_seed=seed, fold=fold)
+            loaded = load_model(model, cfg.device, cfg.dtype, seed, fold, n_head, activation)
             self._rests_on("models", name, loaded.identity)
             self._models[name] = loaded
         return self._models[name]

@@ -120,7 +120,7 @@ def track(folder: Path | str, tracker: Tracker) -> None:
 
 def _configuration(metrics: Mapping[str, Any]) -> Iterator[str]:
     model, corpus, units = metrics["model"], metrics["corpus"], metrics["units"]
-    yield f"- Model: {model['model']} (sha256 {str(model.get('sha256', 'unknown'))[:12]})"
+    yield f"- Model: {model['name']} (sha256 {str(model.get('sha256', 'unknown'))[:12]})"
     where = f", source {corpus['source']}" if corpus.get("source") else ""
     yield f"- Data set: {metrics['dataset']}{where}"
     if corpus.get("fallback"):

@@ -159,7 +159,7 @@ def build(
     }  # fmt: skip
     metrics = {
         "name": name,
-        "model": {"model": f"{name}.pt", "sha256": "0" * 64, "parameters": 1_000_000,
+        "model": {"name": f"{name}.pt", "sha256": "0" * 64, "parameters": 1_000_000,
                   "layers": layers},
         "dataset": dataset,
         "corpus": {"source": "docstrings", "digest": "1" * 16, "documents": 900, "fallback": False},

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lens_utils import corpus
+from lens_utils import corpora
 from lens_utils.errors import BadInput
 from lens_utils.kv_masks import Examples
 from lens_utils.models import LoadedModel
@@ -106,7 +106,7 @@ def of_task(model: LoadedModel, name: str, n: dict[str, int], seed: int) -> Data
         names = sorted({content for *_, content in held})
         group = torch.tensor([names.index(content) for *_, content in held])
         splits[split] = Examples(ids, target, counted, group, torch.tensor([w for _, w, _ in held]))
-    return Data(splits, {"source": f"task {name}", "fallback": False}, None)
+    return Data(splits, {"source": f"task {name}", "fallback": ""}, None)
 
 
 def _induction(model: LoadedModel, n: dict[str, int], seed: int) -> Data:
@@ -122,12 +122,12 @@ def _induction(model: LoadedModel, n: dict[str, int], seed: int) -> Data:
         counted = torch.zeros_like(whole[:, 1:], dtype=torch.bool)
         counted[:, -(length - 1) :] = True  # from the second token of the repetition on
         splits[split] = Examples(whole[:, :-1], whole[:, 1:], counted, torch.arange(n[split]))
-    return Data(splits, {"source": "task induction", "fallback": False}, None)
+    return Data(splits, {"source": "task induction", "fallback": ""}, None)
 
 
 def of_documents(model: LoadedModel, name: str, n: dict[str, int], length: int, seed: int) -> Data:
     """The openings of documents, `length` tokens of each. Raises BadInput when there are none."""
-    text = corpus.load(name, characters=max(200_000, 40 * length * sum(n.values())))
+    text = corpora.load(name, characters=max(500_000, 40 * length * sum(n.values())))
     docs = list(text.docs)
     random.Random(seed).shuffle(docs)
     rows: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
@@ -143,7 +143,8 @@ def of_documents(model: LoadedModel, name: str, n: dict[str, int], length: int, 
     splits = {split: of_rows(held) for split, held in rows.items()}
     test = rows["test"]
     n_bytes = sum(len(model.decode(ids[2:]).encode()) for ids in test)
-    return Data(splits, text.about, n_bytes / sum(len(ids) - 2 for ids in test))
+    about = text.manifest() | {"said": text.said}
+    return Data(splits, about, n_bytes / sum(len(ids) - 2 for ids in test))
 
 
 def of_rows(rows: list[list[int]]) -> Examples:

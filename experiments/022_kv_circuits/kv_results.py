@@ -121,7 +121,7 @@ def metrics(
     n_units, model = study.units.total, study.model
     n_kept = round((1 - cfg.target_sparsity) * n_units)
     common = {
-        "model": model.identity, "target_sparsity": cfg.target_sparsity, "steps": cfg.steps,
+        "model": model.identity, "target_sparsity": cfg.target_sparsity,
         "lr": cfg.lr, "method": cfg.method, "objective": cfg.objective, "fill": cfg.fill,
         "units": {"resolution": cfg.resolution, "k": cfg.keys, "tied": cfg.tied,
                   "basis": cfg.basis},
@@ -135,8 +135,8 @@ def metrics(
         per_seed = [_seed_record(row, at, told) for _, row in learned.iterrows()]
         plain = {r: _baseline(g) for r, g in at.groupby("ranking") if not ranking_is_learned(r)}
         record = common | {
-            "name": f"{cfg.variant}", "dataset": name,
-            "corpus": {k: v for k, v in told.items() if isinstance(v, str | bool | int | list)},
+            "name": cfg.variant, "dataset": name, "steps": study.recipe(name).steps,
+            "corpus": told["corpus"],
             "n_tokens": told["tokens"], "n_examples": told["rows"]["test"],
             "seeds": learned.seed.tolist(),
             "full": {"ce": told["ce"], "perplexity": math.exp(told["ce"]),
@@ -230,13 +230,16 @@ def _against(
 def verdict(record: dict[str, Any]) -> str:
     """One line on whether the mask is more than any mask of this size would be.
 
-    Three conditions: three standard deviations below random masks, better than the ranking it
-    began with (interval over documents), and a greater gain over random masks, as a share of the
-    distance to make up, than with nonsense targets or untrained weights.
+    The model has to need its keys and values here at all. Then three conditions: three standard
+    deviations below random masks, better than the ranking it began with (interval over documents),
+    and a greater gain over random masks, as a share of the distance to make up, than with nonsense
+    targets or untrained weights.
     """
     n = f"{record['n_kept']:,} of {record['n_units']:,} units"
     kl, random = record["mean"]["kl"]["value"], record["baselines"]["random"]["kl"]
     fails = []
+    if record["full"]["ce"] >= record["empty"]["ce"]:
+        fails.append("the model does as well without keys and values")
     if random["sd"] is None or kl > random["value"] - 3 * random["sd"]:
         fails.append("it does not beat random masks by three standard deviations")
     if record["against_ranking"]["low"] <= 0:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from kv_examples import SPLITS, TASKS, Data, of_documents, of_rows, of_task
 from torch import Tensor
 
-from lens_utils import corpus, files, kv_learn, kv_masks, kv_scores
+from lens_utils import files, kv_learn, kv_masks, kv_scores, token_files
 from lens_utils.console import say
 from lens_utils.errors import BadInput
 from lens_utils.experiment import Run
@@ -48,7 +49,11 @@ class Study:
 
     @cached_property
     def model(self) -> LoadedModel:
-        return self.run.model()
+        return self._load()
+
+    def _load(self, random_init: bool = False) -> LoadedModel:
+        told = {"n_head": self.cfg.n_head or None, "activation": self.cfg.activation or None}
+        return self.run.model(random_init, **told)
 
     @cached_property
     def units(self) -> Units:
@@ -62,8 +67,8 @@ class Study:
     @property
     def sizes(self) -> dict[str, int]:
         """Rows of each split."""
-        fit = 8 if self.cfg.quick else self.cfg.examples
-        return dict(zip(SPLITS, (fit, max(4, fit // 16), max(4, fit // 8)), strict=True))
+        sizes = (8, 4, 4) if self.cfg.quick else (self.cfg.examples, 16, 32)
+        return dict(zip(SPLITS, sizes, strict=True))
 
     def data(self, name: str) -> Data:
         """The splits of a data set, encoded for this model."""
@@ -76,12 +81,14 @@ class Study:
             else:
                 self._data[name] = of_documents(self.model, name, self.sizes, length, cfg.seed)
                 if self._data[name].about["fallback"]:
-                    say(self._data[name].about["note"])
+                    say(self._data[name].about["said"])
         return self._data[name]
 
     def _from_file(self, length: int) -> Data:
-        rows, about = corpus.token_rows(self.cfg.tokens, length + 1, self.model.bridge.cfg.d_vocab)
-        splits = {split: of_rows(rows[split][:n]) for split, n in self.sizes.items()}
+        path = Path(self.cfg.tokens).expanduser()
+        found = token_files.read(path, length + 1, self.model.bridge.cfg.d_vocab)
+        splits = {split: of_rows(found[split][:n].tolist()) for split, n in self.sizes.items()}
+        about = {"source": path.name, "digest": files.sha256(path)[:16], "fallback": ""}
         return Data(splits, about, None)
 
     def moments(self, name: str) -> kv_masks.Moments:
@@ -148,7 +155,7 @@ class Study:
             )
         spoken = {"logit_diff": full.logit_diff / len(test)} if "logit_diff" in found else {}
         return {
-            **data.about,
+            "corpus": data.about,
             **spoken,
             "rows": {split: len(x) for split, x in data.splits.items()},
             "tokens": int(full.tokens),
@@ -271,7 +278,7 @@ class Study:
 
     def _few(self, name: str) -> Examples:
         """Some of the validation split, for what needs a pass for every group or unit."""
-        return self.data(name).splits["validation"].take(slice(0, 2 if self.cfg.quick else 6))
+        return self.data(name).splits["validation"].take(slice(0, 2 if self.cfg.quick else 4))
 
     def without_groups(self, jobs: list[Job], learned: dict[str, Tensor]) -> pd.DataFrame:
         """How far each mask's KL rises when one KV head's kept keys or values go, too."""
@@ -317,7 +324,7 @@ class Study:
             self.data(name).splits,
             kv_scores.n_kept(self.units, self.cfg.target_sparsity),
         )
-        twin = self.run.model(random_init=True)
+        twin = self._load(random_init=True)
         untrained = self._mask(twin, kv_masks.moments(twin, splits["fit"]), Readout(twin.bridge))
         few = splits["fit"].take(slice(0, 8 if self.cfg.quick else 24))
         fisher = kv_scores.gradient_scores(untrained, few, self.cfg.seed, alphas=())["fisher"]

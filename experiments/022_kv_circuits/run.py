@@ -51,7 +51,7 @@ class Config(BaseConfig):
     """Leave the first position unmasked."""
     seeds: int = 3
     """Masks learned at the target sparsity; elsewhere one."""
-    examples: int = 256
+    examples: int = 160
     """Rows of the fit split."""
     length: Annotated[int, "Tokens of a document."] = 64
     controls: bool = True
