@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_utils.errors import BadInput
-from lens_utils.kv_masks import Examples, Fill, Masked, kl, resampled
+from lens_utils.kv_masks import Examples, Fill, Masked, kl, resampled, spans
 from lens_utils.kv_scores import drawn, ranks, top
 
 Method = Literal["topk", "hard_concrete", "continuous", "original"]
@@ -181,7 +181,8 @@ class Targets:
         """Mean over all rows of the KL at (at most 64 of) their counted predictions."""
         generator, total = torch.Generator().manual_seed(0), 0.0
         measured = Recipe(objective="kl", fill=recipe.fill)
-        for rows in torch.arange(len(self.examples)).split(16):
+        for span in spans(len(self.examples), 16):
+            rows = torch.arange(len(self.examples))[span]
             one = self.loss(masked, mask, rows, 64, generator, measured)
             total += float(one) * len(rows)
         return total / len(self.examples)
@@ -213,7 +214,7 @@ def learn(
     optimiser = torch.optim.Adam([*gates.parameters, *constants], lr=recipe.lr)
     ascent = torch.optim.Adam([gates.prices], lr=recipe.lr, maximize=True)
     moved = [*gates.parameters, gates.prices, *constants]
-    best = {"val": torch.tensor(math.inf), "mask": gates.mask(), "scores": gates.scores.detach()}
+    best = {"val": torch.tensor(math.inf), **_now(gates, constants)}
     history: list[list[float]] = []
     first, loss, penalty = 0, math.nan, 0.0
     if state:
@@ -234,8 +235,7 @@ def learn(
             history.append([step, loss, value, gates.target, size, gates.temperature(step),
                             penalty, recipe.lr * factor])  # fmt: skip
             if value < float(best["val"]) or recipe.method == "original":
-                best = {"val": torch.tensor(value), "mask": mask,
-                        "scores": gates.scores.detach().clone()}  # fmt: skip
+                best = {"val": torch.tensor(value), **_now(gates, constants)}
             if keep is not None and step:
                 exact = {"history": history[:-1], "loss": loss, "penalty": penalty}
                 keep({"step": torch.tensor(step),
@@ -261,12 +261,15 @@ def learn(
         optimiser.step()
         if gates.prices.grad is not None:
             ascent.step()
-    return Learned(
-        best["mask"],
-        best["scores"],
-        torch.tensor(history, dtype=torch.float64),
-        Fill(*(x.detach() for x in fill)),
-    )
+    constant = Fill(best["k"], best["v"]) if constants else Fill(*fill)
+    recorded = torch.tensor(history, dtype=torch.float64)
+    return Learned(best["mask"], best["scores"], recorded, constant)
+
+
+def _now(gates: Gates, constants: list[Tensor]) -> dict[str, Tensor]:
+    """The hard mask, its scores, and the constants if they are learned: they belong together."""
+    held = dict(zip("kv", constants, strict=False)) | {"scores": gates.scores}
+    return {"mask": gates.mask()} | {name: x.detach().clone() for name, x in held.items()}
 
 
 def _held(adam: torch.optim.Adam, name: str) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from numpy import ndarray
 from torch import Tensor
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from lens_utils.errors import BadInput
 from lens_utils.kv_units import Units, key_site
 from lens_utils.lens import Readout
 from lens_utils.models import LoadedModel
@@ -66,8 +67,14 @@ class Examples:
 
     def batches(self, size: int) -> Iterator["Examples"]:
         """The rows in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.take(slice(start, start + size))
+        for rows in spans(len(self), size):
+            yield self.take(rows)
+
+
+def spans(n: int, size: int) -> list[slice]:
+    """`size` rows at a time; a single last one goes with those before: it has no neighbour."""
+    starts = [at for at in range(0, n, size) if at == 0 or n - at > 1]
+    return [slice(at, end) for at, end in zip(starts, [*starts[1:], n], strict=True)]
 
 
 class Fill(NamedTuple):
@@ -95,30 +102,36 @@ class Masked:
         return replace(self, fill=fill)
 
     def hooks(self, gates: Float[Tensor, "*row unit"]) -> Hooks:
-        """Hooks that apply the gates, one set for all rows or one for each; differentiable."""
+        """Hooks that apply the gates, one set for all rows or one for each; differentiable.
+
+        Raises BadInput for query heads with a filling by position, or with the first one left
+        alone: their q and z hold no single key or value.
+        """
         k, v = self.units.spread(gates)
         fill = Fill(*(x.expand(len(k), *x.shape[1:]) if x.shape[0] == 1 else x for x in self.fill))
         query = self.units.resolution == "query"
+        if query and (self.keep_first or fill.v.shape[2] > 1):
+            raise BadInput("masks of query heads cannot tell positions apart: --keep-first and "
+                           "--fill resample need --resolution kv")  # fmt: skip
         site, swapped = key_site(self.model, "q" if query else "k")
         hooks: Hooks = []
         for layer in range(self.model.n_layers):
-            k_fill = torch.zeros_like(fill.k[layer]) if query else fill.k[layer]
-            v_fill = self._shared(fill.v[layer]) if query else fill.v[layer]
+            k_fill, v_fill = fill.k[layer], fill.v[layer]
+            if query:
+                k_fill = self._shared(torch.zeros_like(k_fill), -2)
+                v_fill = self._shared(v_fill, -2)
             basis = None if self.basis is None else self.basis[layer]
-            basis = self._shared(basis) if query and basis is not None else basis
+            basis = self._shared(basis, 0) if query and basis is not None else basis
             at_k = _gate(k[..., layer, :, :], k_fill, None, swapped, self.keep_first)
             at_v = _gate(v[..., layer, :, :], v_fill, basis, False, self.keep_first)
             hooks.append((f"blocks.{layer}.{site}", at_k))
             hooks.append((f"blocks.{layer}.attn.hook_{'z' if query else 'v'}", at_v))
         return hooks
 
-    def _shared(
-        self, of_kv_heads: Float[Tensor, "*lead kv_head d_head"]
-    ) -> Float[Tensor, "*lead head d_head"]:
-        """What query heads read of their kv_head; a basis is shared along its first axis."""
-        n_heads = self.model.bridge.cfg.n_heads
-        axis = 0 if of_kv_heads.ndim == 3 and of_kv_heads.shape[-1] == of_kv_heads.shape[-2] else -2
-        return of_kv_heads.repeat_interleave(n_heads // of_kv_heads.shape[axis], dim=axis)
+    def _shared(self, of_kv_heads: Float[Tensor, "..."], axis: int) -> Float[Tensor, "..."]:
+        """What each query head reads of its kv_head, along this axis."""
+        repeats = self.model.bridge.cfg.n_heads // of_kv_heads.shape[axis]
+        return of_kv_heads.repeat_interleave(repeats, dim=axis)
 
     def resid(
         self, ids: Int[Tensor, "row pos"], gates: Float[Tensor, "*row unit"] | None = None
@@ -224,7 +237,12 @@ def _real(examples: Examples) -> Bool[Tensor, "row pos"]:
 
 @torch.no_grad()
 def resampled(model: LoadedModel, batch: Examples) -> Fill:
-    """K and V of the next row of the batch at the same position: resample ablation."""
+    """K and V of a neighbouring row of the batch at the same position: resample ablation.
+
+    Raises BadInput for a batch of one row.
+    """
+    if len(batch) < 2:
+        raise BadInput("--fill resample needs at least two rows to exchange entries")
     return Fill(*(x.roll(1, dims=1) for x in record_kv(model, batch.ids)))
 
 

@@ -145,6 +145,7 @@ def rotary_partners(model: LoadedModel) -> Int[Tensor, " d_head"]:
         turned = model.bridge.cfg.rotary_dim or d_head
         return torch.where(single < turned, single ^ 1, single) if rotary else single
     joined = torch.cat([_joined(model, rows.tolist()) for rows in single.split(16)])
+    joined |= joined.T.clone()  # bfloat16 may round one of the two scores to 0
     partner = single.clone()
     for i, row in enumerate(joined):
         others = [j for j in row.nonzero().flatten().tolist() if j != i]
