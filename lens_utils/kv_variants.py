@@ -89,17 +89,15 @@ def overall_table(metrics: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """One row per variant: means over seeds with their sd, and the full model's CE (nats)."""
     rows = []
     for name, of in metrics.items():
-        row = {"variant": name, "model": of["model"]["model"], "n_layers": of["n_layers"],
+        row = {"variant": name, "model": of["model"]["name"], "n_layers": of["n_layers"],
                "n_units": of["n_units"], "n_seeds": len(of["seeds"])}  # fmt: skip
         for key in OVERALL:
             held = of["mean"].get(key) or {}
             row |= {key: held.get("value"), f"{key}_sd": held.get("sd")}
         rows.append(row | {"full_ce": of["full"]["ce"]})
     table = pd.DataFrame(rows)
-    numbers = table.columns.difference(["variant", "model"])
-    return table.astype(
-        dict.fromkeys(numbers.difference(["n_layers", "n_units", "n_seeds"]), float)
-    )
+    measured = [*OVERALL, *(f"{key}_sd" for key in OVERALL)]
+    return table.astype(dict.fromkeys(measured, float))  # None becomes nan
 
 
 def layer_table(layers: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
