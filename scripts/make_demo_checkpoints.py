@@ -33,6 +33,7 @@ CHARACTERS = 1_500_000
 END = "<|endoftext|>"  # id 0: before every row, and between documents
 CONTEXT, D_MODEL, HEADS, LAYERS, D_VOCAB = 128, 64, 4, 4, 1536
 ROWS, PEAK, WARM_UP = 8, 2e-3, 50
+VARIANTS = {"model_v0": False, "model_v1": True}  # whether keys are values
 TWICE = 0.25  # share of rows that are one stretch of text said again and again
 
 
@@ -128,7 +129,7 @@ def batches(stream: Int[Tensor, " token"], steps: int) -> Iterator[Int[Tensor, "
 def train(name: str, stream: Int[Tensor, " token"], d_vocab: int, steps: int) -> GPT:
     """A model after so many steps; every model sees the same rows."""
     torch.manual_seed(0)
-    model = GPT(d_vocab, tied_kv=name == "model_v1")
+    model = GPT(d_vocab, tied_kv=VARIANTS[name])
     flat = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}]
@@ -183,7 +184,7 @@ def make(folder: Path, steps: int, characters: int) -> None:
     say(f"{len(docs)} docstrings, {len(fit):,} tokens to learn from; digest {corpus.digest(docs)}")
     say(f"held-out loss, nats a token: uniform {math.log(d_vocab):.3f} (ln {d_vocab}), "
         f"unigram {unigram(fit, held_out, d_vocab):.3f}")  # fmt: skip
-    for name in ("model_v0", "model_v1"):
+    for name in VARIANTS:
         begun = time.process_time()
         model = train(name, fit, d_vocab, steps)
         first, again = losses(model, twice).chunk(2, dim=1)

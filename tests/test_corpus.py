@@ -46,16 +46,17 @@ def test_the_text_of_001_and_008_is_what_it_was(packages):
     code = (
         f'"""{long} Module."""\nif True:\n    class A:\n        """{long} A."""\n'
         f'        def m(self):\n            """{inner}"""\n'
-        f'def f():\n    """{long} Module."""\n    return [x for x in ()]\n'
+        f'def f():\n    """{long} F."""\n    return [x for x in ()]\n'
+        f'def g():\n    """{long} G."""\ndef h():\n    """{long} F."""\n'
     )
     write(packages / "prose/__init__.py", "")
     write(packages / "prose/one.py", code)
     write(packages / "prose/newer.py", "def f[: not this Python")
     write(packages / "prose/tests/two.py", f'"""{long} Never."""')
     found = corpus.docstrings(10_000, ("prose",), shortest=10)
-    ids = ["prose/one.py:", "prose/one.py:A", "prose/one.py:m"]
-    assert [d.id for d in found] == ids  # f says what its module said already
-    assert [d.text for d in found] == [f"{long} Module.", f"{long} A.", inner]
+    # h says what f said already.
+    assert [d.id for d in found] == [f"prose/one.py:{name}" for name in ("", "f", "g", "A", "m")]
+    assert [d.text for d in found] == [*(f"{long} {x}." for x in ("Module", "F", "G", "A")), inner]
     joined = "\0".join(d.text for d in found).encode()
     assert corpus.digest(found) == hashlib.sha256(joined).hexdigest()[:16]
     assert len({d.split for d in found}) == 1  # by file
