@@ -40,8 +40,13 @@ DEFINITIONS = (
 
 
 def figures(folder: Path | str) -> dict[str, go.Figure]:
-    """Every figure of a run by file name, from its tables. Raises BadInput for no run."""
+    """Every figure of a run by file name, from its tables; of a folder of the first plan, which
+    has no tables, the maps of its masks. Raises BadInput for no run."""
     folder = Path(folder)
+    if is_old(folder):
+        masks, metrics = kv_runs.read_masks(folder), {"name": folder.name, "units": {}}
+        return {"kv_channel_importance": kv_figures.importance(masks, metrics),
+                **kv_figures.layer_maps(masks, metrics)}  # fmt: skip
     metrics, masks = kv_runs.read(folder, "metrics.json"), kv_runs.read_masks(folder)
     return {
         "kv_channel_importance": kv_figures.importance(masks, metrics),
@@ -76,9 +81,16 @@ def report(folder: Path | str) -> str:
 def write(folder: Path | str) -> list[Path]:
     """Draw every figure and write the report into the run's folder; returns what was written."""
     folder = Path(folder)
-    drawn, text = figures(folder), report(folder)
-    files.write(folder / REPORT, text)
+    drawn = figures(folder)
+    if is_old(folder):  # its report stays what it was
+        return kv_runs.draw(drawn, folder)
+    files.write(folder / REPORT, report(folder))
     return [folder / REPORT, *kv_runs.draw(drawn, folder)]
+
+
+def is_old(folder: Path) -> bool:
+    """Whether a folder was written by the first plan: masks in a .pt, and no metrics.json."""
+    return (folder / kv_runs.OLD_MASKS).is_file() and not (folder / "metrics.json").is_file()
 
 
 def track(folder: Path | str, tracker: Tracker) -> None:

@@ -40,6 +40,7 @@ COLUMNS = {
     "units.csv": ("part", "layer", "kv_head", "channel", "score", "measured_kl", "sample"),
 }  # fmt: skip
 MASKS = "final_masks.safetensors"
+OLD_MASKS = "final_masks.pt"  # of the first plan: no tables beside it that can be trusted
 NAMES = re.compile(r"(?P<at>(?:blocks|transformer\.h)\.(?P<layer>\d+)\.attn)\.[kv]_mask")
 
 
@@ -73,8 +74,13 @@ def read(folder: Path, name: str) -> Any:
 
 
 def read_masks(folder: Path) -> dict[int, LayerMask]:
-    """The masks of the run's first seed by layer, in numeric order. Raises BadInput as `read`."""
+    """The masks of the run's first seed by layer, in numeric order. Raises BadInput as `read`.
+
+    Where there is only a final_masks.pt, that is read (`old_masks`).
+    """
     path = Path(folder) / MASKS
+    if not path.is_file() and path.with_name(OLD_MASKS).is_file():
+        return old_masks(path.with_name(OLD_MASKS))
     if not path.is_file():
         raise BadInput(f"{folder} is no analysed run: there is no {MASKS} in it")
     try:
@@ -91,6 +97,26 @@ def read_masks(folder: Path) -> dict[int, LayerMask]:
     if not layers:
         raise BadInput(f"{path} holds no masks: no blocks.0.attn.k_mask in it")
     return layers
+
+
+def old_masks(path: Path) -> dict[int, LayerMask]:
+    """Masks as the first plan kept them: by layer name, one [head, d_head] tensor for K and V both,
+    importance = sigmoid of the logits. Nothing but tensors is read (`weights_only`).
+
+    Raises BadInput for a file of another kind, or with code in it.
+    """
+    import torch
+
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        found = {}
+        for name, layer in held.items():
+            mask, score = (layer[key].float().numpy() for key in ("mask", "importance"))
+            at = int(re.findall(r"\d+", name)[0])
+            found[at] = LayerMask(name, dict.fromkeys("KV", mask), dict.fromkeys("KV", score))
+    except Exception as error:  # pickle, torch and a missing key each raise their own
+        raise BadInput(f"{path} holds no masks that can be read without running code") from error
+    return dict(sorted(found.items()))
 
 
 def number(value: Real | None, form: str = ".3f") -> str:

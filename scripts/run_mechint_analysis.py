@@ -1,7 +1,7 @@
 """Which key and value channels does a checkpoint need? One analysis, in one folder.
 
     .venv/bin/python scripts/run_mechint_analysis.py --checkpoint model_v0.pt --steps 500
-    .venv/bin/python scripts/run_mechint_analysis.py --visualize-only mechint_analysis_docstrings_smol
+    .venv/bin/python scripts/run_mechint_analysis.py --visualize-only mechint_analysis_wiki_smol
 
 It runs experiment 022 on one data set (`./lab run 022` is the same with several) and writes the
 known files into the output folder: report, figures, tables, masks. A killed run goes on from where
@@ -25,8 +25,8 @@ PASSED = ("tokens", "target_sparsity", "sparsities", "steps", "lr", "seeds")
 
 def parser() -> argparse.ArgumentParser:
     """The flags its users know."""
-    flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    raw = argparse.RawDescriptionHelpFormatter
+    flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=raw)
     add = flags.add_argument
     add("--checkpoint", default="smol", help="HF folder, .safetensors, .pt in nanoGPT or GPT-2 "
         "layout, or a name from ./lab models (default: the embedded model)")  # fmt: skip
@@ -78,8 +78,11 @@ def work(args: argparse.Namespace, others: list[str]) -> None:
     if args.visualize_only and others:
         raise BadInput(f"--visualize-only only draws: leave {others[0]} out")
     folder = args.visualize_only or analyse(args, others)
-    metrics = kv_runs.read(folder, "metrics.json")
     written = kv_pages.write(folder)
+    if kv_pages.is_old(folder):
+        say(f"{folder} has masks of the first plan only: {len(written)} maps drawn")
+        return
+    metrics = kv_runs.read(folder, "metrics.json")
     if args.wandb != "off":
         tracker = tracking.start(args.wandb, folder, metrics["name"], args.project, metrics)
         kv_pages.track(folder, tracker)
