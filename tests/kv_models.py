@@ -27,14 +27,24 @@ def examples(d_vocab=64, n=4, length=9, seed=0, short=0) -> Examples:
     return Examples(whole[:, :-1], whole[:, 1:], counted, torch.arange(n), foil)
 
 
-def masked(model, data=None, fill="mean", basis=False, keep_first=False, **units) -> Masked:
+HELD: dict = {}  # of a model (which is held, too): computed once, as long as it is not changed
+
+
+def once(model, what, make):
+    """make(), unless this model has it already."""
+    if (id(model), what) not in HELD:
+        HELD[id(model), what] = model, make()
+    return HELD[id(model), what][1]
+
+
+def masked(model, data=None, fill="mean", basis=False, keep_first=False, **kind) -> Masked:
     """A model with its units, and constants from some examples."""
-    found = kv_masks.moments(model, data or examples(model.bridge.cfg.d_vocab))
+    data = data or once(model, "examples", lambda: examples(model.bridge.cfg.d_vocab))
+    found = once(model, id(data), lambda: kv_masks.moments(model, data))
+    units = once(model, str(kind), lambda: units_of(model, **kind))
+    readout = once(model, "readout", lambda: Readout(model.bridge))
     constant = found.mean if fill == "mean" else Fill(*(torch.zeros_like(x) for x in found.mean))
-    axes = found.v_basis if basis else None
-    return Masked(
-        model, units_of(model, **units), constant, Readout(model.bridge), axes, keep_first
-    )
+    return Masked(model, units, constant, readout, found.v_basis if basis else None, keep_first)
 
 
 def native(turned: int | None = None, norm: str = "LN") -> LoadedModel:
