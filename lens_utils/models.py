@@ -64,14 +64,15 @@ class LoadedModel:
         """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Token ids of plain text, behind the model's BOS.
+    def encode(self, text: str, bos: bool = True, longest: int | None = None) -> list[int]:
+        """Token ids of plain text, behind the model's BOS; cut at `longest`, if that is given.
 
         Raises BadInput without a tokenizer and beyond the context.
         """
         if self.tokenizer is None:
             raise BadInput(f"{self.name} has no tokenizer: put its tokenizer.json beside it")
         ids = list(self.bos if bos else ()) + self.tokenizer.encode(text, add_special_tokens=False)
+        ids = ids[:longest]
         if len(ids) > self.n_ctx:
             raise BadInput(f"a prompt of {len(ids)} tokens is longer than the context of "
                            f"{self.name}, {self.n_ctx}: {text[:40]!r}...")  # fmt: skip

@@ -171,6 +171,8 @@ def keep(figures: Mapping[str, go.Figure], run_dir: str | Path) -> str:
     quick = files.read(Path(run_dir) / "manifest.json")["quick"]
     formats = ("png",) if quick else ("png", "pdf")
     jobs = [(fig, folder / f"{name}.{kind}") for kind in formats for name, fig in figures.items()]
+    for _, path in jobs:
+        path.unlink(missing_ok=True)  # an old image must not stand for one that fails
     written = f"{len(figures)} figures in {folder}: HTML"
     default = pio.templates["lab"].layout
     try:
@@ -182,6 +184,8 @@ def keep(figures: Mapping[str, go.Figure], run_dir: str | Path) -> str:
             height=[fig.layout.height or default.height for fig, _ in jobs],
             scale=1.5,
         )
+        if lost := [path.name for _, path in jobs if not path.exists()]:
+            raise RuntimeError(f"not drawn: {', '.join(lost)}")  # the export keeps errors quiet
     except Exception as error:  # kaleido raises plain and own types when it finds no browser
         if "chrome" not in str(error).lower() and "browser" not in str(error).lower():
             raise

@@ -134,8 +134,7 @@ def of_documents(model: LoadedModel, name: str, n: dict[str, int], length: int, 
     for doc in docs:
         held = rows[doc.split]
         if len(held) < n[doc.split]:
-            # A document longer than the context is cut as text first: encode refuses it.
-            ids = model.encode(doc.text[: 8 * length])[: length + 1]
+            ids = model.encode(doc.text[: 16 * length], longest=length + 1)
             if len(ids) == length + 1:
                 held.append(ids)
     if empty := [split for split, held in rows.items() if not held]:

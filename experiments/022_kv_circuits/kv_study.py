@@ -283,7 +283,7 @@ class Study:
     def without_groups(self, jobs: list[Job], learned: dict[str, Tensor]) -> pd.DataFrame:
         """How far each mask's KL rises when one KV head's kept keys or values go, too."""
         table, frames = self.units.table(), []
-        for name, number in self._chosen(jobs).items():
+        for name, number in self.run.track(list(self._chosen(jobs).items()), "groups"):
             mask = learned["mask"][number]
             kept = table.assign(kept=mask.numpy()).groupby(["layer", "part", "head"])
             sizes = kept.kept.sum().astype(int).rename("kept").reset_index()
