@@ -36,9 +36,9 @@ class Speller:
     def __init__(self):
         self.words = {"<s>": 0}
 
-    def encode(self, text):
+    def encode(self, text, longest=None):
         cut = text.replace(".", " .").replace(",", " ,").split()
-        return [0, *(self.words.setdefault(word, len(self.words)) for word in cut)]
+        return [0, *(self.words.setdefault(word, len(self.words)) for word in cut)][:longest]
 
     def decode(self, ids):
         names = list(self.words)

@@ -22,6 +22,8 @@ from lens_utils.lens import Readout
 from lens_utils.models import LoadedModel
 
 RANDOM = 5  # random masks of each size
+# Nothing to find: the targets of other examples; a model that never learned anything.
+CONTROLS = ("shuffled", "random_weights")
 SHORT = ("ioi", "agreement")  # tasks of a few tokens
 STEP_ROWS = {True: 8, False: 4}
 
@@ -316,45 +318,43 @@ class Study:
         )  # fmt: skip
 
     def controls(
-        self, name: str, jobs: list[Job], learned: dict[str, Tensor], scores: Tensor
+        self,
+        name: str,
+        kind: str,
+        jobs: list[Job],
+        learned: dict[str, Tensor],
+        scores: Tensor,
     ) -> pd.DataFrame:
-        """The same procedure where there is no circuit to find: another example's targets, and an
-        untrained model. share: how much of the distance of the empty mask is made up."""
-        splits, kept = (
-            self.data(name).splits,
-            kv_scores.n_kept(self.units, self.cfg.target_sparsity),
-        )
-        twin = self._load(random_init=True)
-        untrained = self._mask(twin, kv_masks.moments(twin, splits["fit"]), Readout(twin.bridge))
-        few = splits["fit"].take(slice(0, 8 if self.cfg.quick else 24))
-        fisher = kv_scores.gradient_scores(untrained, few, self.cfg.seed, alphas=())["fisher"]
-        number = self._chosen(jobs)[name]
-        own, recipe = self.masked(name), self.recipe(name)
-        started = self.scores(name, scores, jobs[number].ranking)
-        rows = []
-        for kind, masked, start in (
-            ("model", own, None), ("shuffled", own, started), ("random_weights", untrained, fisher)
-        ):  # fmt: skip
-            mixed = kind == "shuffled"
-            targets = {
-                split: kv_learn.Targets(masked, held, partners(held) if mixed else None)
-                for split, held in splits.items()
-                if start is not None or split == "test"
-            }
-            if start is None:
-                mask = learned["mask"][number]
-            else:
-                fit, check = targets["fit"], targets["validation"]
-                mask = kv_learn.learn(masked, fit, check, start, kept, recipe, self.cfg.seed).mask
-            random = kv_scores.top(kv_scores.random_scores(self.units, 0), kept)
-            kls = [
-                targets["test"].distance(masked, m.to(self.model.device), recipe)
-                for m in (mask, random, torch.zeros_like(random))
-            ]
-            rows.append({"dataset": name, "control": kind, "learned_kl": kls[0],
-                         "random_kl": kls[1], "empty_kl": kls[2], "share": 1 - kls[0] / kls[2],
-                         "random_share": 1 - kls[1] / kls[2]})  # fmt: skip
-        return pd.DataFrame(rows)
+        """The same procedure where there is no circuit to find (CONTROLS), or the mask of the model
+        beside it. share: how much of the distance of the empty mask is made up."""
+        splits, recipe = self.data(name).splits, self.recipe(name)
+        kept = kv_scores.n_kept(self.units, self.cfg.target_sparsity)
+        number, masked = self._chosen(jobs)[name], self.masked(name)
+        start = self.scores(name, scores, jobs[number].ranking)
+        if kind == "random_weights":
+            twin = self._load(random_init=True)
+            masked = self._mask(twin, kv_masks.moments(twin, splits["fit"]), Readout(twin.bridge))
+            few = splits["fit"].take(slice(0, 8 if self.cfg.quick else 24))
+            start = kv_scores.gradient_scores(masked, few, self.cfg.seed, alphas=())["fisher"]
+
+        def targets(split: str) -> kv_learn.Targets:
+            mixed = partners(splits[split]) if kind == "shuffled" else None
+            return kv_learn.Targets(masked, splits[split], mixed)
+
+        if kind == "model":
+            mask = learned["mask"][number]
+        else:
+            fit, check = targets("fit"), targets("validation")
+            mask = kv_learn.learn(masked, fit, check, start, kept, recipe, self.cfg.seed).mask
+        test, random = targets("test"), kv_scores.top(kv_scores.random_scores(self.units, 0), kept)
+        kls = [
+            test.distance(masked, m.to(self.model.device), recipe)
+            for m in (mask, random, torch.zeros_like(random))
+        ]
+        found = {"dataset": name, "control": kind, "learned_kl": kls[0], "random_kl": kls[1],
+                 "empty_kl": kls[2], "share": 1 - kls[0] / kls[2],
+                 "random_share": 1 - kls[1] / kls[2]}  # fmt: skip
+        return pd.DataFrame([found])
 
 
 def partners(examples: Examples) -> Tensor:

@@ -85,7 +85,7 @@ class Config(BaseConfig):
 def main(cfg: Config, run: Run) -> None:
     names, _ = cfg.names, cfg.sweep  # a wrong number stops here, not after an hour
     import kv_results as results
-    from kv_study import Study
+    from kv_study import CONTROLS, Study
 
     study = Study(cfg, run)
     about = run.stage("examples.json", lambda: {name: study.describe(name) for name in names})
@@ -103,9 +103,9 @@ def main(cfg: Config, run: Run) -> None:
     if cfg.controls:
         groups = run.stage("groups.csv", lambda: study.without_groups(jobs, learned))
         units = run.stage("units.csv", lambda: study.single_units(scores))
-        some = names[:1] if cfg.quick else names
+        some = [(n, k) for n in names[: 1 if cfg.quick else None] for k in ("model", *CONTROLS)]
         controls = run.chunks(
-            "controls.csv", some, 1, lambda n: study.controls(n[0], jobs, learned, scores)
+            "controls.csv", some, 1, lambda c: study.controls(*c[0], jobs, learned, scores)
         )
     found = run.stage(
         "metrics.json",
