@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lens_utils.errors import BadInput
@@ -196,8 +196,8 @@ def learn(
     kept: int,
     recipe: Recipe,
     seed: int = 0,
-    state: dict[str, Tensor] | None = None,
-    keep: Callable[[dict[str, Tensor]], None] | None = None,
+    state: dict[str, Shaped[Tensor, "..."]] | None = None,
+    keep: Callable[[dict[str, Shaped[Tensor, "..."]]], None] | None = None,
 ) -> Learned:
     """Learn a mask of exactly `kept` units, from a ranking.
 
