@@ -274,7 +274,8 @@ class Run:
             cfg = self.cfg
             seed = cfg.seed if random_init else None
             model = other or cfg.model
-            loaded = load_model(model, cfg.device, cfg.dtype, seed, fold, n_head, activation)
+            told = {"n_head": n_head, "activation": activation}
+            loaded = load_model(model, cfg.device, cfg.dtype, init_seed=seed, fold=fold, **told)
             self._rests_on("models", name, loaded.identity)
             self._models[name] = loaded
         return self._models[name]
