@@ -2,7 +2,7 @@
 
 An entry x of K or V whose unit is switched off is replaced by a constant: its mean over a text, 0,
 what it is in another text, or a learned value (Li & Janson 2024). A gate m between 0 and 1 mixes
-the two, c + m (x - c), so that m has a gradient; every number that is reported comes from gates of
+the two, m x + (1 - m) c, so that m has a gradient; every number that is reported comes from gates of
 0 and 1. Keys are masked before rotation (`kv_units` says why that is the same as after it), values
 where attention reads them, or in the basis of their principal components.
 
