@@ -1,10 +1,10 @@
 """Masks over keys and values: what does the model still say when most channels are constants?
 
-An entry x of K or V whose unit is switched off is replaced by a constant: its mean over a text, 0,
-what it is in another text, or a learned value (Li & Janson 2024). A gate m between 0 and 1 mixes
-the two, m x + (1 - m) c, so that m has a gradient; every number that is reported comes from gates of
-0 and 1. Keys are masked before rotation (`kv_units` says why that is the same as after it), values
-where attention reads them, or in the basis of their principal components.
+An entry x of K or V whose unit is switched off is replaced by a constant c: its mean over a text,
+0, what it is in another text, or a learned value (Li & Janson 2024). A gate m between 0 and 1 mixes
+the two, m x + (1 - m) c, so that m has a gradient; every number that is reported comes from gates
+of 0 and 1. Keys are masked before rotation (`kv_units` says why that is the same as after it),
+values where attention reads them, or in the basis of their principal components.
 
 Per query head (resolution "query") the same is done without touching what other heads share: a
 value channel of one head is its channel of z, since attention sums to one, and a key channel is
