@@ -153,30 +153,30 @@ def test_planted_loops_are_found():
         assert table.loc["I1", "ratio"] > table.loc[["C2", "C4", "I2"], "ratio"].max()
 
 
-def test_what_is_random_is_not_found():
+@pytest.mark.parametrize("rounds", [0.3, 5])
+def test_what_is_random_is_not_found(rounds):
     """z of circuits that are nulls themselves is about N(0, 1), p uniform, even before mixing."""
     z, p = [], []
-    for rounds, seed in itertools.product((0.3, 5), range(15)):
+    for seed in range(25):
         one = circuit(nodes=40, density=0.3, seed=seed)
         random = first(one, "causal", seed + 100, rounds=40).circuit
         table = motif_nulls.enrichment(random, "causal", 40, rounds, seed=seed).set_index("motif")
-        z += [table.loc["030T", "z"]]
-        p += [table.loc["030T", "p"]]
+        z.append(table.loc["030T", "z"])
+        p.append(table.loc["030T", "p"])
     assert abs(np.mean(z)) < 0.6 and 0.65 < np.std(z) < 1.45
     assert np.mean(np.array(p) < 0.2) < 0.45 and np.median(p) > 0.2
 
 
 def test_table_of_enrichment_by_hand():
-    found, drawn = np.array([5.0, 2.0, 3.0]), np.array([[1.0, 2, 3], [2, 2, 4], [3, 2, 3]])
+    found = np.array([5.0, 2.0, 3.0, 0.5])
+    drawn = np.array([[1.0, 2, 3, 1], [2, 2, 4, 2], [3, 2, 3, 3]])
     table = motif_nulls._against(found, drawn)
-    assert table["expected"].tolist() == pytest.approx([2, 2, 10 / 3])
-    assert table["ratio"].tolist() == pytest.approx([2.5, 1, 0.9])
-    assert table["z"][0] == 3.0 and np.isnan(table["z"][1])
-    assert table["p"].tolist() == pytest.approx([0.5, np.nan, 1.0], nan_ok=True)
-    assert table["q"].tolist() == pytest.approx([1.0, np.nan, 1.0], nan_ok=True)
-    assert table["low"][0] == pytest.approx(5 / 2.95) and table["high"][0] == pytest.approx(
-        5 / 1.05
-    )
+    assert table["expected"].tolist() == pytest.approx([2, 2, 10 / 3, 2])
+    assert table["ratio"].tolist() == pytest.approx([2.5, 1, 0.9, 0.25])
+    assert table["z"].tolist()[::3] == [3.0, -1.5] and np.isnan(table["z"][1])
+    assert table["p"].tolist() == pytest.approx([0.5, np.nan, 1.0, 0.5], nan_ok=True)
+    assert table["q"].tolist() == pytest.approx([0.75, np.nan, 1.0, 0.75], nan_ok=True)
+    assert table.loc[0, ["low", "high"]].tolist() == pytest.approx([5 / 2.95, 5 / 1.05])
 
 
 def test_motifs_that_a_null_keeps_say_nothing():
@@ -275,6 +275,16 @@ def test_graphs_of_one_prompt_are_not_independent():
     alone = np.concatenate([profiles, 100 * np.ones((1, 4))])
     more = motif_nulls.compare(alone, np.r_[group, ["a"]], np.r_[prompt, 9], 1000)
     assert more["cosine"][0] == pytest.approx(once["cosine"][0]) and more["n"][0] == 5
+
+
+def test_prompts_that_both_groups_have_are_compared_with_themselves():
+    """However much prompts differ, a group is its own equal; among other prompts it is not."""
+    profiles = noisy(np.eye(4)[[0]], 6, noise=2.0)
+    twice, group = np.tile(profiles, (2, 1)), np.repeat(["a", "b"], 6)
+    paired = motif_nulls.compare(twice, group, np.arange(12) % 6, 500).loc[0]
+    assert paired[["cosine", "low", "high", "p"]].tolist() == pytest.approx([1, 1, 1, 1])
+    other = motif_nulls.compare(twice, group, np.arange(12), 500).loc[0]
+    assert other["low"] < 0.9
 
 
 def test_swaps_reach_what_networkx_calls_a_dag():
