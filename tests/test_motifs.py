@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lens_utils import motifs
 from lens_utils.errors import BadInput
@@ -230,3 +232,21 @@ def test_part_of_a_circuit():
     part = one.at(kept)
     assert (part.weights == one.weights[np.ix_(kept, kept)]).all() and 2 not in part.layer
     assert len(part.pos) == len(part.climb) == kept.sum()
+
+
+@pytest.mark.parametrize("name", ["plain/all", "plain/greedy"])
+def test_a_recorded_graph_has_the_edges_that_are_possible(name):
+    """All of them, and no other: circuit-tracer's graph of two layers and eight positions."""
+    graph = load_file(Path(__file__).parent / "fixtures/circuit_tracer/graphs.safetensors")
+    edges, features = graph[f"{name}/adjacency"], graph[f"{name}/features"]
+    logits = len(graph[f"{name}/logit_ids"])
+    layer = np.r_[features[:, 0], np.repeat([0, 1], 8), np.full(8, -1), np.full(logits, 2)]
+    pos = np.r_[features[:, 1], np.tile(np.arange(8), 3), np.full(logits, 7)]
+    climb = np.where(layer == 2, 2, 1)
+    one = motifs.Circuit(edges, layer, pos, climb)
+    entered = np.r_[: len(features), -logits:0]
+    constant = one.pos == 0  # circuit-tracer's errors at the first position are 0
+    possible = one.possible[entered] & ~(constant & (layer >= 0))
+    assert np.array_equal(edges[entered] != 0, possible)
+    with pytest.raises(BadInput):
+        motifs.Circuit(edges.T.copy(), layer, pos, climb)
