@@ -26,13 +26,14 @@ LAYERS = (
      "profiles", "phiid", "phiid_lattice", "phiid_gaussian", "phiid_ccs", "phiid_discrete",
      "fused", "graphs", "mazes", "maze_shapes", "maze_text", "maze_tasks", "maze_traces",
      "maze_records",
-     "probes", "probe_scores", "synthesis"},
+     "attribution_graph", "frozen", "graph_files", "probes", "probe_scores", "synthesis",
+     "sparse", "sparse_training", "sparse_files", "motifs", "motif_nulls"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
      "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
      "concepts", "probe_readings", "dape", "neuron_sets", "traces",
-     "kv_units", "kv_masks", "kv_scores", "kv_learn"},
+     "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "tracking", "kv_runs", "kv_figures", "kv_pages", "kv_variants", "kv_variant_text",

@@ -80,6 +80,8 @@ class Recipe:
     """How the organism is trained."""
 
     seed: int = 0
+    thinking: float = THINKING
+    """Share of questions with thinking; 0 makes the twin that never learned to think."""
     steps: int = 2800
     batch: int = 48
     lr_matrices: float = 6e-3
@@ -129,7 +131,7 @@ def build(tok: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def question(rng: random.Random, size: int, test: bool) -> tasks.Record:
+def question(rng: random.Random, size: int, test: bool, thinking: float = THINKING) -> tasks.Record:
     """A random question."""
     while True:
         maze = tree_maze(rng, size, test)
@@ -137,7 +139,7 @@ def question(rng: random.Random, size: int, test: bool) -> tasks.Record:
         spoiled = rng.choice(SPOILS) if task == "recognize" and rng.random() < 0.5 else ""
         template = rng.randrange(len(tasks.TEMPLATES[task]))
         record = tasks.ask(
-            rng, maze, task, template, rng.random() < THINKING, spoiled=spoiled, test=test
+            rng, maze, task, template, rng.random() < thinking, spoiled=spoiled, test=test
         )
         if record is not None:
             return record
@@ -157,7 +159,9 @@ def encode(tok: PreTrainedTokenizerFast, record: tasks.Record) -> tuple[list[int
 def batches(tok, recipe: Recipe, step: int):
     """The step's questions as two batches of like lengths: ids, and weights of what is learned."""
     rng = random.Random(f"{recipe.seed}-{step}")
-    rows = [encode(tok, question(rng, recipe.size, False)) for _ in range(recipe.batch)]
+    rows = [
+        encode(tok, question(rng, recipe.size, False, recipe.thinking)) for _ in range(recipe.batch)
+    ]
     rows.sort(key=lambda row: len(row[0]))
     weight = torch.ones(len(tok))
     for word, factor in WEIGHTS.items():
