@@ -36,7 +36,7 @@ def two_features() -> tuple[LoadedModel, dict[int, Transcoder]]:
     """
     config = LlamaConfig(
         vocab_size=6, hidden_size=10, intermediate_size=4, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=5, max_position_embeddings=8,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=10, max_position_embeddings=8,
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()

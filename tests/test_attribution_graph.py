@@ -65,13 +65,21 @@ def test_graphs_are_those_of_circuit_tracer(recorded, key):
 
 @pytest.mark.parametrize("most", [12, 45, 10_000])
 def test_what_is_left_out_of_a_graph_is_counted(tiny, most):
+    """At 45 of 60, only features that lead nowhere are left out: the last layer's, early on."""
     model = wrap(tiny("qwen3"), None, ModelSpec("qwen3", "qwen3"))
     linear, told = freeze(model, random_transcoders(model), IDS), []
+    n, n_logits = len(linear.features), len(linear.unembed)
     graph = frozen.build(linear, most, update=7, tick=told.append)
     found = graph.edges.sum(1) + graph.bias + graph.omitted
     torch.testing.assert_close(found, graph.values, atol=1e-4, rtol=0)
-    assert len(graph.features) == min(most, len(linear.features)) == sum(told[1:])
-    assert (graph.omitted.abs().max() > 0.01) == (most < len(linear.features))
+    assert len(graph.features) == min(most, n) == sum(told[1:])
+    there = graph.features.tolist()
+    kept = torch.tensor([f in there for f in linear.features.tolist()])
+    rows = torch.cat([torch.arange(n)[kept], n + torch.arange(n_logits)])
+    left = frozen.edges(linear, rows)[:, :n][:, ~kept].sum(1)
+    rest = torch.cat([graph.omitted[graph.parts[part]] for part in ("feature", "logit")])
+    torch.testing.assert_close(rest, left, atol=1e-5, rtol=0)
+    assert (graph.omitted.abs().max() > 0.01) == (most == 12)
     assert graph.edges[graph.parts["error"]].any() == graph.edges[graph.parts["token"]].any() == 0
 
 
