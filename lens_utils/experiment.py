@@ -214,15 +214,26 @@ class Run:
     def upstream(self, experiment: str, name: str, model: str = "") -> Any:
         """A stage of another experiment for the same model (or the one named), at the same size,
         with this run's tag or without one."""
+        path, record = self._upstream(experiment, name, model)
+        identity = {"run": path.relative_to(provenance.outputs() / experiment).parts[0],
+                    "sha256": record["sha256"][:12]}  # fmt: skip
+        place = f"{experiment}/{name}" + (f"@{model}" if model else "")
+        self._rests_on("upstream", place, identity)
+        return files.read(path)
+
+    def upstream_folder(self, experiment: str, name: str, model: str = "") -> Path:
+        """The run folder whose stage `upstream` reads: for files that the stage is a record of."""
+        path, _ = self._upstream(experiment, name, model)
+        return path.parents[name.count("/")]
+
+    def _upstream(self, experiment: str, name: str, model: str) -> tuple[Path, dict[str, Any]]:
         own = dataclasses.replace(self.cfg, model=model or self.cfg.model)
         for cfg in (own, dataclasses.replace(own, tag="")):
-            path = provenance.outputs() / experiment / cfg.variant / name
-            record = read_manifest(path.parent).get("stages", {}).get(name)
+            folder = provenance.outputs() / experiment / cfg.variant
+            record = read_manifest(folder).get("stages", {}).get(name)
+            path = folder / name
             if record and path.exists() and files.sha256(path) == record["sha256"]:
-                identity = {"run": cfg.variant, "sha256": record["sha256"][:12]}
-                place = f"{experiment}/{name}" + (f"@{model}" if model else "")
-                self._rests_on("upstream", place, identity)
-                return files.read(path)
+                return path, record
         quick = " --quick" if self.cfg.quick else ""
         raise BadInput(f"{self.experiment} reads {name} of {experiment}, which is not there: "
                        f"./lab run {experiment[:3]} --model {own.model}{quick}")  # fmt: skip

@@ -78,18 +78,16 @@ class LoadedModel:
                            f"{self.name}, {self.n_ctx}: {text[:40]!r}...")  # fmt: skip
         return ids
 
-    def encode_chat(
-        self, messages: list[dict[str, str]], thinking: bool | None = None
-    ) -> list[int]:
-        """Token ids of a conversation in the model's own template, up to the answer to come.
+    def chat_text(self, messages: list[dict[str, str]], thinking: bool | None = None) -> str:
+        """A conversation in the model's own template, up to the answer to come.
 
         thinking: for templates that know `enable_thinking`; None leaves it to the template.
-        Raises BadInput for a base model, for roles its template refuses, and beyond the context.
+        Raises BadInput for a base model and for roles its template refuses.
         """
         if not self.has_chat:
             raise BadInput(f"{self.name} is a base model without a chat template: use plain text")
         try:
-            text = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=True,
@@ -97,7 +95,12 @@ class LoadedModel:
             )
         except TemplateError as error:  # such as a system message where there may be none
             raise BadInput(f"the chat template of {self.name} refuses this: {error}") from None
-        return self.encode(text, bos=False)  # the template writes its own
+
+    def encode_chat(
+        self, messages: list[dict[str, str]], thinking: bool | None = None
+    ) -> list[int]:
+        """Token ids of `chat_text`. Raises BadInput as it does, and beyond the context."""
+        return self.encode(self.chat_text(messages, thinking), bos=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; numbers in angle brackets without a tokenizer."""

@@ -33,11 +33,12 @@ LAYERS = (
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
      "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
      "concepts", "probe_readings", "dape", "neuron_sets", "traces",
-     "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions"},
+     "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions",
+     "text_rows", "mlp_stream"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
-     "skeleton", "tracking", "kv_runs", "kv_figures", "kv_pages", "kv_variants", "kv_variant_text",
-     "kv_variant_figures", "__main__"},
+     "skeleton", "tracking", "transcoder_sets", "kv_runs", "kv_figures", "kv_pages",
+     "kv_variants", "kv_variant_text", "kv_variant_figures", "__main__"},
 )  # fmt: skip
 FOR_NOTEBOOKS = {"experiment", "viz"}
 SHAPES = {"Float", "Int", "Bool", "Shaped", "Num", "Real", "Integer", "Inexact", "UInt", "Complex"}
