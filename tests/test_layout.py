@@ -27,6 +27,7 @@ LAYERS = (
      "fused", "graphs", "mazes", "maze_shapes", "maze_text", "maze_tasks", "maze_traces",
      "maze_records",
      "attribution_graph", "frozen", "graph_files", "probes", "probe_scores", "synthesis",
+     "feature_facts", "feature_labels",
      "sparse", "sparse_training", "sparse_files", "motifs", "motif_nulls"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
