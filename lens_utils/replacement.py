@@ -220,13 +220,14 @@ def replacing(transcoders: Mapping[int, Transcoder], sinks: int = 1) -> list[tup
     for layer, transcoder in transcoders.items():
         read: dict[str, Tensor] = {}
 
-        def keep(x: Tensor, hook: object, read: dict = read) -> None:
-            read["x"] = x
+        def keep(x: Tensor, hook: object, read: dict = read) -> Tensor:
+            read["x"] = x[:, sinks:]
+            return x[:, :sinks].contiguous()  # the MLP itself is only asked for these
 
         def write(y: Tensor, hook: object, read: dict = read, t: Transcoder = transcoder) -> Tensor:
-            x = read.pop("x")[:, sinks:].to(t.W_enc)
+            x = read.pop("x").to(t.W_enc)
             made = t(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-            return torch.cat([y[:, :sinks], made.to(y)], dim=1)
+            return torch.cat([y, made.to(y)], dim=1)
 
         hooks += [(f"blocks.{layer}.mlp.hook_in", keep), (f"blocks.{layer}.mlp.hook_out", write)]
     return hooks
