@@ -122,8 +122,25 @@ def resume(
     afterwards, also after an exception.
     """
 
+    return _resume(model, resid, layer, hooks, slice(-1, None))[:, 0]
+
+
+def resume_all(
+    model: LoadedModel, resid: Float[Tensor, "row pos d_model"], layer: int, hooks: Hooks = ()
+) -> Float[Tensor, "row pos d_model"]:
+    """`resume`, at every position."""
+    return _resume(model, resid, layer, hooks, slice(None))
+
+
+def _resume(
+    model: LoadedModel,
+    resid: Float[Tensor, "row pos d_model"],
+    layer: int,
+    hooks: Hooks,
+    positions: slice,
+) -> Float[Tensor, "row kept d_model"]:
     def stop(x: Tensor, hook: object) -> None:
-        raise StopAtLayerException(x[:, -1])  # caught by the bridge, which returns x[:, -1]
+        raise StopAtLayerException(x[:, positions])  # caught by the bridge, which returns it
 
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
     with skipping(model.bridge, layer):

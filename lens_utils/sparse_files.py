@@ -46,10 +46,27 @@ def save_set(
         raise BadInput(f"a set has one activation and one k, not {sorted(map(str, kinds))}")
     ((activation, k),) = kinds
     for layer, transcoder in transcoders.items():
-        tensors = _tensors(transcoder)
-        if "threshold" in tensors:
-            tensors[THRESHOLD] = tensors.pop("threshold")
-        files.write(folder / f"layer_{layer}.safetensors", tensors)
+        save_layer(folder, layer, transcoder)
+    save_config(folder, model_name, transcoders, activation, k, scan)
+
+
+def save_layer(folder: Path, layer: int, transcoder: Transcoder) -> None:
+    """One layer of a set; `save_config` has to follow the last."""
+    held = _tensors(transcoder)
+    if "threshold" in held:
+        held[THRESHOLD] = held.pop("threshold")
+    files.write(folder / f"layer_{layer}.safetensors", held)
+
+
+def save_config(
+    folder: Path,
+    model_name: str,
+    layers: Iterable[int],
+    activation: str = "topk",
+    k: int | None = None,
+    scan: str = "",
+) -> None:
+    """What makes a folder of layers a set."""
     config = {
         "model_kind": "transcoder_set",
         "model_name": model_name,
@@ -58,7 +75,7 @@ def save_set(
         "scan": scan or folder.name,
         "activation": activation,
         **({"k": k} if k else {}),
-        "layers": sorted(transcoders),
+        "layers": sorted(layers),
     }
     files.write_bytes(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
 

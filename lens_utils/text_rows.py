@@ -26,6 +26,8 @@ SHORTEST = 32  # tokens of a window that is worth a row
 SHARES = {"solve": 0.2, "recognize": 0.35, "generate": 0.35, "recall": 0.05, "lexical": 0.05}
 """Of maze questions, as the organism was asked them."""
 SECTIONS = ("Player", "Goal", "Walls", "Empty", "Path")
+QUESTION = {"question", *(name.lower() for name in SECTIONS)}
+LEAST = 2_000_000  # characters of a corpus: a speech is long, and every split needs some
 CHARACTERS = 8  # of English a token at most, so that a corpus is long enough
 
 
@@ -74,7 +76,8 @@ def load(
     for name in names:
         share = tokens // len(names)
         shares = {"fit": 0.8, "validation": 0.1, "test": 0.1}
-        corpus = corpora.load(name, int(CHARACTERS * share / shares[split]))
+        wanted = max(LEAST, int(CHARACTERS * share / shares[split]))
+        corpus = corpora.load(name, wanted)
         if any(corpus.source == other["source"] for other in said.values()):
             continue  # two that are not here have the same stand-in
         rows = list(windows(model, corpus.split(split), length, share, name))
@@ -142,6 +145,17 @@ def answered(model: LoadedModel, record: maze_tasks.Record, split: str) -> Row:
     mode = "thinking" if record.thinking else "direct"
     return Row([*before, *ids], record.maze.layout_id, f"{record.task} {mode}", split,
                ["mark"] * len(before) + labels)  # fmt: skip
+
+
+def asked_for(row: Row) -> list[bool]:
+    """Which tokens a model can be asked to predict: all of a text, only the answer to a question.
+
+    The cells of a maze are drawn at random; nothing predicts them.
+    """
+    if not row.labels:
+        return [True] * len(row.ids)
+    start = max(i for i, label in enumerate(row.labels) if label in QUESTION) + 1
+    return [i >= start for i in range(len(row.ids))]
 
 
 def asked(model: LoadedModel, record: maze_tasks.Record) -> list[tuple[str, str]]:

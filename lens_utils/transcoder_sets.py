@@ -4,34 +4,27 @@
 every file in a stage of its own, so that who reads a set knows that it is the one recorded.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lens_utils import files, provenance
 from lens_utils.errors import BadInput
 from lens_utils.experiment import Run
 from lens_utils.models import LoadedModel
 from lens_utils.sparse import Transcoder
-from lens_utils.sparse_files import load_transcoders, save_set
+from lens_utils.sparse_files import load_transcoders, save_config
 
 MAKER = "018_transcoders"
 SETS = ("trained", "tuned")
 
 
-def keep(folder: Path, transcoders: dict[int, Transcoder], model: LoadedModel) -> dict[str, Any]:
-    """Write a set; what a stage is to record of it."""
-    save_set(folder, transcoders, model.identity.get("source", model.name), scan=folder.name)
-    return record(folder)
-
-
-def record(folder: Path) -> dict[str, Any]:
-    """A set that lies in a folder, as a stage records it: digests by file, k, layers."""
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    digests = {path.name: files.sha256(path) for path in sorted(folder.glob("layer_*.safetensors"))}
-    return {"folder": folder.name, "k": config.get("k"), "layers": config["layers"],
-            "files": digests}  # fmt: skip
+def record(folder: Path, model: LoadedModel, layers: Sequence[int], k: int) -> dict[str, Any]:
+    """Make a set of the layers that lie in a folder; what a stage records of it."""
+    save_config(folder, model.identity.get("source", model.name), layers, k=k)
+    digests = {f"layer_{n}.safetensors": files.sha256(folder / f"layer_{n}.safetensors")
+               for n in layers}  # fmt: skip
+    return {"folder": folder.name, "k": k, "layers": list(layers), "files": digests}
 
 
 def load(run: Run, source: str = "trained", model: str = "") -> dict[int, Transcoder]:
