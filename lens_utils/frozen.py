@@ -50,6 +50,9 @@ class Block(NamedTuple):
     """Of a skip transcoder, stream written x stream read."""
     skip_scale: Float[Tensor, " pos"] | None = None
     """What the norms around the MLP multiply it by."""
+    before_attention: Float[Tensor, "pos d_model"] | None = None
+    """Of a norm that responds (`norm_response`): the direction in the stream that it holds back."""
+    before_mlp: Float[Tensor, "pos d_model"] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _walk(
         by_skip = torch.zeros(())
         if block.skip is not None:
             by_skip = (above * block.skip_scale[:seen, None]) @ block.skip
+            by_skip = held_back(by_skip, block.before_mlp)
         if frozen.parallel:
             reading += _attended(block, reading) + by_skip
         else:
@@ -172,8 +176,22 @@ def _attended(
         block.pattern[:, :seen, :seen].unflatten(0, (n_kv, -1)),
         "row query kv_head group d_head, kv_head group query key -> row key kv_head d_head",
     )
-    return einsum(by_value, block.W_V, "row key kv_head d_head, kv_head d_head d_model -> "
+    read = einsum(by_value, block.W_V, "row key kv_head d_head, kv_head d_head d_model -> "
                                        "row key d_model")  # fmt: skip
+    return held_back(read, block.before_attention)
+
+
+def held_back(
+    gradient: Float[Tensor, "... d_model"], along: Float[Tensor, "... d_model"] | None
+) -> Float[Tensor, "... d_model"]:
+    """A gradient without its part along what its norm divides out, where that norm responds.
+
+    along: of the gradient's positions, from the first; longer ones are cut.
+    """
+    if along is None:
+        return gradient
+    along = along[: gradient.shape[-2]]
+    return gradient - torch.linalg.vecdot(gradient, along)[..., None] * along
 
 
 # The graph
