@@ -28,14 +28,15 @@ LAYERS = (
      "maze_records",
      "attribution_graph", "frozen", "graph_files", "probes", "probe_scores", "synthesis",
      "feature_facts", "feature_labels", "feature_stats", "feature_spans",
-     "sparse", "sparse_training", "sparse_files", "motifs", "motif_nulls"},
+     "sparse", "sparse_training", "sparse_files", "motifs", "motif_nulls",
+     "graph_page"},
     # 1: what touches a model.
     {"weights", "checkpoints", "tokens", "models", "prompts", "pairs", "cache", "lens",
      "attention", "attribution", "head_reading", "patching", "sweeps", "gradients", "edges",
      "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
      "concepts", "probe_readings", "dape", "neuron_sets", "traces",
-     "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions", "sparse_tuning",
-     "norm_response",
+     "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions",
+     "sparse_tuning", "norm_response", "graph_gate",
      "text_rows", "mlp_stream"},
     # 2: the run, and what is made of it.
     {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
