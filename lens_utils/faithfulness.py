@@ -128,7 +128,11 @@ def _described(
     place = place.cpu()
 
     def total(x: Tensor) -> ndarray:
-        return torch.zeros(len(rows), dtype=torch.double).index_add_(0, place, x.double().cpu())
+        return (
+            torch.zeros(len(rows), dtype=torch.double)
+            .index_add_(0, place, x.double().cpu())
+            .numpy()
+        )
 
     frame = pd.DataFrame({
         "doc": [row.doc for row in rows], "source": [row.source for row in rows],
