@@ -182,7 +182,7 @@ class Table(NamedTuple):
 
     nodes: pd.DataFrame
     """node_id, kind (feature, error, token, logit, or what the file says), layer (-1 for tokens,
-    one above all others for logits), pos, index, influence, activation, prob, label."""
+    the number of layers for logits), pos, index, influence, activation, prob, label."""
     edges: Float[np.ndarray, "node node"]
     """Target x source, in the order of the nodes."""
 
@@ -197,7 +197,10 @@ def table(value: Mapping[str, Any]) -> Table:
     kinds = [KINDS.get(node["feature_type"], node["feature_type"]) for node in value["nodes"]]
     inside = [int(node["layer"]) for node, kind in zip(value["nodes"], kinds, strict=True)
               if kind not in ("token", "logit")]  # fmt: skip
-    above = {"token": -1, "logit": max(inside, default=-1) + 1}
+    # A pruned graph may have nothing of the last layers: newer files say how many there are.
+    said = [int(node["layer"]) - 1 for node, kind in zip(value["nodes"], kinds, strict=True)
+            if kind == "logit" and not raw]  # fmt: skip
+    above = {"token": -1, "logit": max([max(inside, default=-1) + 1, *said])}
     frame = pd.DataFrame([
         {
             "node_id": node["node_id"],

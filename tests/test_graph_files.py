@@ -158,6 +158,17 @@ def test_circuit_tracers_own_file(tmp_path):
     assert nodes[nodes.kind == "logit"].layer.unique().tolist() == [2]
 
 
+def test_logits_stay_above_layers_that_were_pruned():
+    """A logit two layers above the highest node, as attention may carry an earlier token to it."""
+    value = exported(small())
+    gone = {n["node_id"] for n in value["nodes"] if n["layer"] == "2"}
+    value["nodes"] = [n for n in value["nodes"] if n["node_id"] not in gone]
+    value["links"] = [k for k in value["links"] if not gone & {k["source"], k["target"]}]
+    nodes, _ = table(value)
+    assert nodes[nodes.kind != "logit"].layer.max() == 1
+    assert (nodes[nodes.kind == "logit"].layer == 3).all()
+
+
 def test_an_older_file_has_plain_indices_and_no_version():
     """As the first public graphs were written: logits in the last layer, no schema_version."""
     parts = [("E_5_0", 0, "E", 0, "embedding"), ("3_917_1", 917, "3", 1, "cross layer transcoder"),
