@@ -316,3 +316,12 @@ def _dealt(rules: Rules, rng: np.random.Generator) -> Rules:
 def _share(part: Shaped[ndarray, "*cell"], whole: Shaped[ndarray, "*cell"] | int) -> ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.asarray(whole) > 0, part / whole, np.nan)
+
+
+def tells(
+    rules: Rules, kinds: Sequence[Kind], feature: int, token: Int[ndarray, "*place"]
+) -> Bool[ndarray, "*place"]:
+    """Whether tokens have the label of one feature."""
+    if rules.kind[feature] < 0:
+        return np.zeros(token.shape, dtype=bool)
+    return np.isin(kinds[rules.kind[feature]].codes[token], rules.codes[feature]).any(-1)

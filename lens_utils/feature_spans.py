@@ -67,8 +67,14 @@ def best_of_each(
 
     draw 0 are the real labels, all others moved ones (the same for every layer of one seed).
     fitted: AUROC where it was chosen; auroc: of the same feature on held-out tokens; n: held-out
-    tokens of the pool in the span.
+    tokens of the pool in the span. Tokens of code -1 are left out: spans are told from each other,
+    not from text of another kind.
     """
+    inside = codes >= 0
+    number = np.cumsum(inside) - 1
+    pool = pool.where(inside)
+    pool = Pool(number[pool.token], pool.fires._replace(token=number[pool.fires.token]))
+    held, row, codes = held[inside], row[inside], codes[inside]
     rng = np.random.default_rng(seed)
     versions = [codes, *(moved(codes, row, rng) for _ in range(draws))]
     sides = []

@@ -13,7 +13,7 @@ Axes: token (kept tokens of a batch), active (features of a token), fire (entrie
 above 0), feature, place (kept examples of a feature), offset (tokens around an example).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -24,7 +24,7 @@ BEFORE, AFTER = 15, 8
 OFFSETS = BEFORE + 1 + AFTER
 LOWEST, BINS = -8, 32
 """The histogram: bin b holds values from 2**(LOWEST + b/2), the first and last what lies beyond."""
-SIZES = {"top": 8, "spread": 16, "fit": 48, "test": 32}
+SIZES = {"top": 8, "spread": 16, "fit": 64, "test": 64}
 """Examples kept of each feature: the strongest, an equal sample, and samples for labels."""
 SHOWN = ("top", "spread")
 """Those whose surroundings are kept."""
@@ -64,8 +64,8 @@ class Best:
         touched, at = feature.unique_consecutive(return_inverse=True)
         new = at, _rank(feature)
         keys, order = _beside(self.key, touched, new, key, float("-inf")).topk(size, dim=1)
-        tokens, values = (_beside(held, touched, new, of) for held, of in (
-            (self.token, token), (self.value, value)))  # fmt: skip
+        tokens = _beside(self.token, touched, new, token, -1.0)
+        values = _beside(self.value, touched, new, value)
         self.token[touched], self.value[touched] = tokens.gather(1, order), values.gather(1, order)
         if self.around is not None and around is not None:
             wide = order[:, :, None].expand(-1, -1, OFFSETS)
@@ -96,6 +96,7 @@ class Collector:
         self.spans = {family: zeros(size) for family, size in groups.items()}
         self.best = {name: Best(n_features, size, name in SHOWN)
                      for name, size in (sizes or SIZES).items()}  # fmt: skip
+        self.seen: list[Tensor] = []
         self.whole: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(
@@ -134,7 +135,9 @@ class Collector:
             if best.around is not None:
                 around = surroundings(dense, token, row, at[some], feature[some])
             best.add(feature[some], keys[name][some], token[at[some]], value[some], around)
-        chosen = torch.isin(token, self.pool)[at]
+        inside = torch.isin(token, self.pool)
+        chosen = inside[at]
+        self.seen.append(token[inside])
         self.whole.append((feature[chosen], token[at[chosen]], value[chosen]))
 
     def _tally(
@@ -148,8 +151,8 @@ class Collector:
         table += torch.bincount(flat, minlength=table.numel()).view_as(table)
 
     def result(self) -> dict[str, Tensor]:
-        """Everything: sums, histogram, span/<family>, <sample>/token, /value and
-        /around, and the pool's fires as pool/feature, /token and /value."""
+        """Everything: sums, histogram, span/<family>, <sample>/token, /value and /around; the
+        pool's tokens that came by as pool/seen, its fires as pool/feature, /token and /value."""
         found = {**self.sums, "histogram": self.histogram}
         found |= {f"span/{family}": table for family, table in self.spans.items()}
         for name, best in self.best.items():
@@ -158,7 +161,7 @@ class Collector:
                 found[f"{name}/around"] = best.around
         parts = [torch.cat(tensors) for tensors in zip(*self.whole, strict=True)]
         found |= dict(zip(("pool/feature", "pool/token", "pool/value"), parts, strict=True))
-        return found
+        return found | {"pool/seen": torch.cat(self.seen)}
 
 
 def surroundings(
@@ -229,10 +232,18 @@ def _rank(ordered: Int[Tensor, " fire"]) -> Int[Tensor, " fire"]:
     return torch.arange(len(ordered)) - starts.repeat_interleave(times)
 
 
-def choose_pool(n_tokens: int, held: Sequence[bool], size: int, seed: int) -> Int[Tensor, " pool"]:
-    """Up to `size` tokens of either side (fitted and tested on), drawn at random, ascending."""
+def choose_pool(
+    row: Int[Tensor, " token"], held: Bool[Tensor, " token"], size: int, seed: int
+) -> Int[Tensor, " pool"]:
+    """Whole rows, drawn at random, of about `size` tokens on either side; their tokens, ascending.
+
+    row and held: of every token of the corpus. Whole rows, so that a window of them is known whole.
+    """
     generator = torch.Generator().manual_seed(seed)
-    side = torch.as_tensor(held)
-    order = torch.randperm(n_tokens, generator=generator)
-    drawn = [order[side[order] == which][:size] for which in (False, True)]
-    return torch.cat(drawn).sort().values
+    chosen = torch.zeros(int(row.max()) + 1, dtype=torch.bool)
+    length = torch.bincount(row)
+    for side in (~held, held):
+        rows = row[side].unique()
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        chosen[rows[length[rows].cumsum(0) - length[rows] < size]] = True
+    return chosen[row].nonzero()[:, 0]

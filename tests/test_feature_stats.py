@@ -15,7 +15,7 @@ N = ROWS * LENGTH
 @pytest.fixture(scope="module")
 def codes():
     draw = torch.Generator().manual_seed(0)
-    pre = torch.randn(N, F, generator=draw) + torch.linspace(-1, 1, F)
+    pre = torch.randn(N, F, generator=draw) + torch.linspace(-3, 1, F)
     values, indices = pre.topk(K, dim=1)
     return values.relu(), indices
 
@@ -29,7 +29,7 @@ def gathered(codes, sizes=None, batch=7):
     token = torch.arange(N)
     row, pos = token // LENGTH, token % LENGTH
     kept, held, span = pos > 0, row % 2 == 1, token % 3 - 1
-    pool = feature_stats.choose_pool(N, held.tolist(), 100, 0)
+    pool = feature_stats.choose_pool(row, held, 100, 0)
     found = feature_stats.Collector(F, {"label": 2}, pool, 0, sizes)
     for start in range(0, ROWS, batch):
         at = kept & (row >= start) & (row < start + batch)
@@ -65,7 +65,10 @@ def test_the_strongest_are_the_strongest(codes, dense):
     torch.testing.assert_close(found["top/value"], values.T)
     there = values.T > 0
     assert (found["top/token"][there] == tokens.T[there]).all()
-    assert (found["top/token"][~there] == -1).all()
+    assert (found["top/token"][~there] == -1).all() and (~there).sum() > 0
+    for sample in ("spread", "fit"):
+        kept, fires = (found[f"{sample}/token"] >= 0).sum(1), (dense > 0).sum(0)
+        assert (kept <= fires).all() and (kept[fires == 0] == 0).all()
 
 
 def test_surroundings_are_the_values_around(codes, dense):
@@ -103,9 +106,10 @@ def test_samples_are_drawn_from_all_fires_alike(codes, dense):
 
 def test_the_pool_has_every_fire_of_its_tokens(codes, dense):
     _, found = gathered(codes)
-    held = [n // LENGTH % 2 == 1 for n in range(N)]
-    pool = feature_stats.choose_pool(N, held, 100, 0)
-    assert len(pool) == 200 and sum(held[t] for t in pool) == 100
+    row = torch.arange(N) // LENGTH
+    pool = feature_stats.choose_pool(row, row % 2 == 1, 100, 0)
+    assert len(pool) == 200 and (row[pool] % 2).sum() == 100
+    assert (row[pool].unique(return_counts=True)[1] == LENGTH).all()
     rebuilt = torch.zeros(N, F)
     rebuilt[found["pool/token"], found["pool/feature"]] = found["pool/value"]
     expected = torch.zeros(N, F)

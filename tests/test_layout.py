@@ -27,7 +27,8 @@ LAYERS = (
      "fused", "graphs", "mazes", "maze_shapes", "maze_text", "maze_tasks", "maze_traces",
      "maze_records",
      "attribution_graph", "frozen", "graph_files", "probes", "probe_scores", "synthesis",
-     "feature_facts", "feature_labels", "feature_stats", "feature_spans",
+     "feature_facts", "feature_labels", "feature_stats", "feature_spans", "feature_scores",
+     "feature_store", "feature_page", "reasoning_text",
      "sparse", "sparse_training", "sparse_files", "motifs", "motif_nulls",
      "graph_page"},
     # 1: what touches a model.
@@ -36,10 +37,12 @@ LAYERS = (
      "circuits", "generate", "maze_prompts", "series", "divergence", "perturb", "layer_ablation",
      "concepts", "probe_readings", "dape", "neuron_sets", "traces",
      "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions",
+     "feature_judges",
      "sparse_tuning", "norm_response", "graph_gate",
      "text_rows", "mlp_stream"},
     # 2: the run, and what is made of it.
-    {"console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
+    {"feature_endpoint",
+     "console", "settings", "results", "experiment", "viz", "notebook", "report", "cluster",
      "skeleton", "tracking", "transcoder_sets", "kv_runs", "kv_figures", "kv_pages",
      "kv_variants", "kv_variant_text", "kv_variant_figures", "__main__"},
 )  # fmt: skip
