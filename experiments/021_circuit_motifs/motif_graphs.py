@@ -114,9 +114,9 @@ def read(value: dict, name: str, model: str, row: dict) -> Graph:
         circuit = Circuit(shares, layer, pos, climbs(nodes, shares)).at(kept)
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from None
-    about = {"group": "all", "where": "prompt", "item": PLACE.sub("", str(row["id"])), **row}
+    about = {"group": "all", "where": "prompt", "pair": PLACE.sub("", str(row["id"])), **row}
     return Graph(
-        model, str(row["id"]), str(about["group"]), str(about["where"]), str(about["item"]),
+        model, str(row["id"]), str(about["group"]), str(about["where"]), str(about["pair"]),
         nodes[kept].reset_index(drop=True), circuit, inputs[kept, 0],
         tuple(value["metadata"]["prompt_tokens"]), float(lost),
     )  # fmt: skip

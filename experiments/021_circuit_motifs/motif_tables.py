@@ -167,13 +167,18 @@ def enrichments(held: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Enrichment of each group of graphs: the mean over problems of log2(found / expected).
 
     With a 95 % bootstrap interval over problems; p by flipping the signs of whole problems, q after
-    Benjamini & Hochberg over all rows. Half a loop is added to both counts, so that none is 0.
+    Benjamini & Hochberg over all rows. Half a loop is added to both counts (0.02 to shares), so
+    that none is 0.
     """
-    held = held[held["motif"].isin(SHOWN)]
-    add = np.where(held["motif"].isin(["coherent", "span"]), 0.0, 0.5)
-    ratio = (held["found"] + add) / (held["expected"] + add).clip(lower=1e-9)
-    held = held.assign(log2=np.log2(ratio.clip(lower=1e-9)))
-    held.loc[held["expected"] == 0, "log2"] = 0.0
+    loops = held[held["motif"] == "030T"].set_index([*WHO, "null"])["found"]
+    held = held[held["motif"].isin(SHOWN)].set_index([*WHO, "null"])
+    held["some"] = loops.reindex(held.index)
+    held = held.reset_index()
+    add = held["motif"].map({"coherent": 0.02, "span": 0.0}).fillna(0.5)
+    ratio = (held["found"] + add) / (held["expected"] + add)
+    # Without a loop there is no share and no span: no evidence either way.
+    known = held["expected"].gt(0) & (add.eq(0.5) | held["some"].gt(0))
+    held = held.assign(log2=np.log2(ratio.where(known, 1.0)))
     rows = []
     for said, part in groups(held):
         for null, own in part.groupby("null", sort=False):

@@ -24,7 +24,7 @@ class Config(BaseConfig):
     """Whose graphs to read; those of other models that 020 has are compared with it."""
     graphs: str = ""
     """A folder of exported graphs (Neuronpedia, circuit-tracer, older Anthropic ones) to read
-    instead; a prompts.csv in it may give id, group, where (prompt, trace, answer) and item."""
+    instead; a prompts.csv in it may give id, group, where (prompt, trace, answer) and pair."""
     edges: int = 1000
     """Every graph is cut to this number of edges, its strongest: counts follow their number."""
     count: int = 100
