@@ -66,7 +66,7 @@ def _save(path: Path, suffix: str, value: Any) -> None:
         case ".json":
             text = json.dumps(value, indent=1, ensure_ascii=False, default=_plain)
             path.write_text(text + "\n", encoding="utf-8")
-        case ".md" | ".txt":
+        case ".md" | ".txt" | ".html":
             path.write_text(value, encoding="utf-8")
         case ".csv":
             # Text is quoted: a bare "\r", which is a token of many models, would end the row.
@@ -101,7 +101,7 @@ def read(path: Path) -> Any:
     match path.suffix:
         case ".json":
             return json.loads(path.read_text(encoding="utf-8"))
-        case ".md" | ".txt":
+        case ".md" | ".txt" | ".html":
             return path.read_text(encoding="utf-8")
         case ".csv":
             import pandas as pd
