@@ -83,6 +83,13 @@ ORGANISM = ModelSpec(
     bos="none",
     licence="as this repository",
 )
+TWIN = ModelSpec(
+    "maze-organism-direct",
+    str(provenance.ROOT / "models" / "maze_organism_direct"),
+    "its twin, trained the same way without thinking (its card: models/maze_organism_direct)",
+    bos="none",
+    licence="as this repository",
+)
 QWEN, LLAMA, GEMMA = "Apache-2.0", "Llama 3 Community License", "Gemma Terms of Use"
 SPECS = {
     spec.name: spec
@@ -90,6 +97,7 @@ SPECS = {
         SMOL,
         GEMMA_270M,
         ORGANISM,
+        TWIN,
         ModelSpec("qwen3-8b", "Qwen/Qwen3-8B", "36 layers, thinking mode", licence=QWEN),
         ModelSpec("qwen3-14b", "Qwen/Qwen3-14B", "40 layers, thinking mode", licence=QWEN),
         ModelSpec("qwen3-8b-base", "Qwen/Qwen3-8B-Base", "36 layers, base", licence=QWEN),

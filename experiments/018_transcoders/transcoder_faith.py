@@ -239,11 +239,13 @@ def summarise(
     def over_layers(label: str, measure: str, best: Callable) -> None:
         here = single[single["measure"] == measure]
         worst = here.loc[best(here["value"])]
-        found[f"{label} (layer {worst['layer']})"] = estimate(worst)
+        found[label], found[f"{label}: layer"] = estimate(worst), int(worst["layer"])
 
     over_layers("largest CE increase of one layer, nats", "ce increase", pd.Series.idxmax)
     for kind in ("zero", "mean", "linear"):
-        over_layers(f"least recovered against {kind}", f"recovered, {kind}", pd.Series.idxmin)
+        over_layers(
+            f"least recovered of a layer against {kind}", f"recovered, {kind}", pd.Series.idxmin
+        )
     names = {"trained all": "transcoders", "tuned all": "transcoders, tuned",
              "linear all": "linear", "mean all": "mean", "zero all": "zero",
              "shuffled all": "shuffled decoders"}  # fmt: skip

@@ -33,6 +33,7 @@ from lens_utils.sparse_training import (
 )
 from lens_utils.text_rows import Row
 
+BATCH = mlp_stream.TOKENS  # of text, about
 HELD = 8  # batches of text whose activations are held, and learned from `passes` times
 SAVE = 16  # batches of text between two states on disk
 MOMENTS = 48  # batches of text that the linear baseline is fitted on
@@ -108,7 +109,7 @@ def train(
     run: Run, model: LoadedModel, rows: Sequence[Row], layers: Sequence[int], held: Recipe
 ) -> pd.DataFrame:
     """Train some layers in one pass; their curves. Transcoders and baselines go to the folder."""
-    spans = mlp_stream.batches(rows)
+    spans = mlp_stream.batches(rows, BATCH)
     state = State(run.folder / "training", layers, held, str(model.device))
     started, seen = time.perf_counter(), 0
     for at in run.track(range(state.batches, len(spans), HELD), f"text for {len(layers)} layers"):

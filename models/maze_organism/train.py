@@ -32,6 +32,9 @@ TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
     "{% endif %}{% endif %}"
 )
+DIRECT = TEMPLATE.replace(
+    "{% if enable_thinking is defined and enable_thinking is false %}", ""
+).replace("{% endif %}{% endif %}", "{% endif %}")  # of the twin: it has no other mode
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 SHARE = {"solve": 0.2, "recognize": 0.35, "generate": 0.35, "recall": 0.05, "lexical": 0.05}
 THINKING = 0.4  # share of questions; the traces are longer and are learned sooner
@@ -182,7 +185,7 @@ def test(model, tok, recipe: Recipe) -> dict[str, float]:
     loaded = models.wrap(model, tok, ModelSpec("maze-organism", str(ROOT)), recipe.device)
     found = {}
     for task in SHARE:
-        for thinking in (False, True):
+        for thinking in (False, True)[: 2 if recipe.thinking else 1]:
             records = []
             while len(records) < recipe.test:
                 spoiled = SPOILS[len(records) // 2 % 3] if len(records) % 2 else ""
@@ -257,6 +260,8 @@ def main(recipe: Recipe) -> None:
             torch.save(held, beside)
             beside.replace(state)
     model.save_pretrained(folder)
+    if not recipe.thinking:
+        tok.chat_template = DIRECT
     tok.save_pretrained(folder)
     files.write(folder / "training.json", {
         "recipe": {k: str(v) for k, v in vars(recipe).items()}, "losses": losses,
