@@ -154,12 +154,12 @@ def held(ratios: dict[str, float], where="prompt", null="layers") -> pd.DataFram
 
 
 def test_enrichment_of_groups_by_hand():
-    table = held({"a": 2.0, "b": 4.0, "c": 2.0, "d": 2.0})
+    table = held({"a": 2.0, "b": 4.0, "c": 2.0, "d": 2.0, "e": 2.0, "f": 2.0})
     found = motif_tables.enrichments(table, 0).set_index("motif")
     row = found.loc["030T"]
-    exact = np.log2((np.array([200, 400, 200, 200]) + 0.5) / 100.5).mean()
+    exact = np.log2((np.array([200, 400, 200, 200, 200, 200]) + 0.5) / 100.5).mean()
     assert row["log2"] == pytest.approx(exact) and row["low"] < exact < row["high"]
-    assert row["n"] == 4 and row["p"] == pytest.approx(2 / 16, abs=0.02)  # of 16 flips, two
+    assert row["n"] == 6 and row["p"] == pytest.approx(2 / 64, abs=0.01)  # of 64 flips, two
     assert (found.drop("030T")["log2"] == 0).all() and found.drop("030T")["p"].isna().all()
     assert found.loc["030T", "q"] == row["p"]
     both = pd.concat([table, held({"a": 0.5, "b": 0.5}, "trace")])
@@ -169,8 +169,10 @@ def test_enrichment_of_groups_by_hand():
     # a and b have two graphs each: they count once.
     item = (np.log2(200.5 / 100.5) + np.log2(50.5 / 100.5)) / 2
     other = (np.log2(400.5 / 100.5) + np.log2(50.5 / 100.5)) / 2
-    whole = np.mean([item, other, np.log2(200.5 / 100.5), np.log2(200.5 / 100.5)])
+    whole = np.mean([item, other, *[np.log2(200.5 / 100.5)] * 4])
     assert found[("all", "all", "030T")] == pytest.approx(whole)
+    few = motif_tables.enrichments(held(dict.fromkeys("abcde", 2.0)), 0)
+    assert few["p"].isna().all() and few["q"].isna().all()  # of 32 flips, two: never below 0.05
 
 
 def test_graphs_without_loops_say_nothing_of_how_loops_lie():
@@ -264,18 +266,18 @@ def test_a_run_reads_its_own_model_and_others_and_a_folder(tmp_path, monkeypatch
     for offset, model in enumerate(("mine", "other")):
         graphs = {row["id"]: from_random(100 * offset + n) for n, row in enumerate(rows)}
         as_run(tmp_path / "outputs", model, graphs, rows)
-    args = ["--model", "mine", "--quick", "--count", "9", "--edges", "150"]
+    args = ["--model", "mine", "--quick", "--count", "5", "--edges", "150"]
     run = execute(RUN.Config, RUN.main, SOURCE, args)
     results = Results(run.folder)
     about = results.read("graphs.csv")
-    assert about["model"].value_counts().to_dict() == {"mine": 4, "other": 4}  # eight in turns
+    assert about["model"].value_counts().to_dict() == {"mine": 6, "other": 6}
     assert (about["kept"] == 150).all() and about["where"].nunique() == 2
     assert f"020_attribution_graphs/graphs/{about['id'][0]}.json" in str(results.manifest)
     nulls = results.read("nulls.parquet")
     assert set(nulls["null"]) == {"cells", "layers", "causal", "signs", "weights"}
     contrasts = results.read("contrasts.csv")
-    pair = contrasts[contrasts["kind"] == "model"].iloc[0]
-    assert (pair["one"], pair["other"], bool(pair["paired"])) == ("mine", "other", True)
+    pairs = contrasts.loc[contrasts["kind"] == "model", ["one", "other", "paired", "n"]]
+    assert pairs.to_numpy().tolist() == [["mine", "other", True, 6]] * 5  # one per null
     summary = json.dumps(results.read("summary.json"))
     assert "Infinity" not in summary and 15 <= len(json.loads(summary)) <= 40
     folder = tmp_path / "outputs" / "020_attribution_graphs" / "mine-quick" / "graphs"

@@ -12,7 +12,6 @@ from scipy.stats import false_discovery_control
 from threadpoolctl import threadpool_limits
 
 from lens_utils import motif_nulls, motifs, stats
-from lens_utils.errors import BadInput
 from lens_utils.motifs import LOOPS, Circuit
 
 WHO = ["model", "id", "group", "where", "item"]
@@ -20,6 +19,9 @@ COHERENT = tuple(kind for kind in LOOPS if kind.startswith("C"))
 SHOWN = ("030T", *LOOPS, "cascade", "coherent", "span")
 PROFILE = "layers"
 FLIPS = 10_000
+PAIRED, ALONE = 6, 4
+"""Fewest problems of a comparison with itself, and of each of two groups: with fewer no p can be
+below 0.05, and such rows would only weaken the others."""
 one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 """For matrices of a hundred rows, of which a second thread costs ten times what it gains."""
 
@@ -166,9 +168,9 @@ def groups(table: pd.DataFrame) -> Iterator[tuple[dict[str, str], pd.DataFrame]]
 def enrichments(held: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Enrichment of each group of graphs: the mean over problems of log2(found / expected).
 
-    With a 95 % bootstrap interval over problems; p by flipping the signs of whole problems, q after
-    Benjamini & Hochberg over all rows. Half a loop is added to both counts (0.02 to shares), so
-    that none is 0.
+    With a 95 % bootstrap interval over problems; p by flipping the signs of whole problems (NaN
+    below PAIRED of them), q after Benjamini & Hochberg over all rows. Half a loop is added to both
+    counts (0.02 to shares), so that none is 0.
     """
     loops = held[held["motif"] == "030T"].set_index([*WHO, "null"])["found"]
     held = held[held["motif"].isin(SHOWN)].set_index([*WHO, "null"])
@@ -211,7 +213,7 @@ def contrasts(table: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     """Do places, groups of prompts and models differ in their profiles? A row per two and null.
 
     Graphs of one problem are paired, and of one prompt between models. q is p after Benjamini &
-    Hochberg over the rows of a null; pairs with fewer than two problems each are left out.
+    Hochberg over the rows of a null; pairs with too few problems (PAIRED, ALONE) are left out.
     """
     rows = []
     for null, own in table.groupby("null", sort=False):
@@ -232,19 +234,19 @@ def contrasts(table: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
 def _pairs(part: pd.DataFrame, kind: str, unit: str, draws: int, seed: int) -> Iterator[dict]:
     for pair in itertools.combinations(part[kind].unique(), 2):
         own = part[part[kind].isin(pair)]
-        try:
-            [row] = motif_nulls.compare(
-                own[list(LOOPS)].to_numpy(float), own[kind].to_numpy(str), own[unit].to_numpy(str),
-                draws, seed,
-            ).to_dict("records")  # fmt: skip
-        except BadInput:  # too few problems
+        one, other = (set(own.loc[own[kind] == name, unit]) for name in pair)
+        if len(one & other) < PAIRED if one & other else min(len(one), len(other)) < ALONE:
             continue
+        [row] = motif_nulls.compare(
+            own[list(LOOPS)].to_numpy(float), own[kind].to_numpy(str), own[unit].to_numpy(str),
+            draws, seed,
+        ).to_dict("records")  # fmt: skip
         yield {key: value for key, value in row.items() if key != "q"}
 
 
 def _flipped(values: np.ndarray, seed: int) -> np.ndarray:
     """Two-sided p of a zero mean of every column, by flipping the signs of whole rows."""
-    if len(values) < 2:
+    if len(values) < PAIRED:
         return np.full(values.shape[1], np.nan)
     rng = np.random.default_rng(seed)
     signs = rng.choice([-1.0, 1.0], (FLIPS, len(values)))

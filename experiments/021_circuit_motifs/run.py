@@ -46,7 +46,7 @@ def main(cfg: Config, run: Run) -> None:
     # 1. The graphs: errors left out, edges as shares of their targets' input.
     graphs = read.gather(run, cfg.graphs, cfg.model)
     if small:
-        graphs = read.few(graphs, 8)
+        graphs = read.few(graphs, 12)
     about = run.stage("graphs.csv", lambda: read.described(graphs, edges))
     # 2. What every graph has: census, layer spans, strongest loops and cascades.
     census = run.stage("census.csv", lambda: table.censuses(graphs, edges))
@@ -56,7 +56,7 @@ def main(cfg: Config, run: Run) -> None:
     # 3. Beside its nulls, and at other thresholds.
     held = run.chunks("nulls.parquet", graphs, 1,
                       lambda part: table.nulls(part, edges, count, cfg.seed))  # fmt: skip
-    cuts = [round(edges * times) for times in CUTS]
+    cuts = [round(edges * times) for times in CUTS[: 4 if small else None]]
     fewer = max(count // 4, 5)
     sweep = run.chunks("sweep.parquet", graphs, 1,
                        lambda part: table.sweep(part, cuts, fewer, cfg.seed))  # fmt: skip
