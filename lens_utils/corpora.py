@@ -23,7 +23,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,9 +222,9 @@ def _hub(repository: str) -> Iterator[Doc]:
         HfApi().dataset_info(name, timeout=10)  # load_dataset would try for half a minute
         rows = load_dataset(name, config or None, split="train", streaming=True)
         for n, row in enumerate(rows):
-            if not isinstance(row.get("text"), str):
+            if (text := _words(row)) is None:
                 raise BadInput(f"{name} has no column of text, but {', '.join(row)}")
-            yield Doc(_id(name, row.get("id", n)), row["text"])
+            yield Doc(_id(name, row.get("id") or row.get("uuid") or n), text)
     except (RepositoryNotFoundError, HFValidationError):
         raise BadInput(f"the hub has no data set {name} that you may read") from None
     except BadInput:
@@ -233,6 +233,23 @@ def _hub(repository: str) -> Iterator[Doc]:
         raise BadInput(f"{repository} cannot be read: {_line(error)}") from None
     except (OSError, httpx.HTTPError):  # no network, or HF_HUB_OFFLINE
         raise _Absent(f"{name} cannot be reached on the hub") from None
+
+
+def _words(row: Mapping[str, Any]) -> str | None:
+    """The text of a hub data set's row: `text`, or a problem with its worked solution.
+
+    Of several generated solutions (OpenR1-Math) the first that is complete and right; without one,
+    the reference solution.
+    """
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    for asked, worked in (("problem", "solution"), ("question", "answer")):
+        if isinstance(row.get(asked), str) and isinstance(row.get(worked), str):
+            traces = zip(row.get("generations") or (), row.get("correctness_math_verify") or (),
+                         row.get("is_reasoning_complete") or (), strict=False)  # fmt: skip
+            right = [trace for trace, correct, complete in traces if correct and complete]
+            return f"{row[asked]}\n\n{right[0] if right else row[worked]}"
+    return None
 
 
 def _line(error: Exception) -> str:

@@ -131,6 +131,16 @@ def test_the_hub_out_of_reach_is_a_fallback(monkeypatch):
         assert "HuggingFaceFW/fineweb-edu cannot be reached" in text.said
 
 
+def test_a_row_with_traces_gives_the_first_right_one():
+    row = {"problem": "1+1?", "solution": "2.", "generations": ["<think> 3", "<think> 2", "2"],
+           "correctness_math_verify": [True, True, True],
+           "is_reasoning_complete": [False, True, True]}  # fmt: skip
+    assert corpora._words(row) == "1+1?\n\n<think> 2"
+    assert corpora._words(row | {"generations": None}) == "1+1?\n\n2."
+    assert corpora._words({"question": "a", "answer": "b"}) == "a\n\nb"
+    assert corpora._words({"messages": []}) is None
+
+
 def test_rows_of_the_hub(monkeypatch):
     rows = [{"id": f"<urn:uuid:{n}>", "text": f"page {n}"} for n in range(100)]
     asked = []

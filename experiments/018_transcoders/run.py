@@ -23,7 +23,7 @@ class Config(BaseConfig):
     text: str = "auto"
     """mazes for a maze organism, else corpora by name, such as wiki+sotu+reasoning+docstrings."""
     tokens: int = 500_000
-    """Of text to train on (a quick run takes 24,000)."""
+    """Of text to train on (a quick run takes 10,000)."""
     length: int = 128
     """Tokens of a window of text."""
     layers: str = "all"

@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
     tune_tokens: int
 
 
-QUICK = Sizes(24_000, 4_000, 1_500, 4_000)
+QUICK = Sizes(10_000, 2_000, 600, 2_000)
 
 
 def sizes(cfg: Any) -> Sizes:
