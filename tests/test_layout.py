@@ -18,7 +18,7 @@ from lens_utils.__main__ import experiments, reads
 ROOT = provenance.ROOT
 LIBRARY = {path.stem: path for path in sorted((ROOT / "lens_utils").glob("*.py"))}
 EXPERIMENTS = experiments()
-NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("*.ipynb"))
+NOTEBOOKS = sorted(provenance.NOTEBOOKS.glob("[0-9]*.ipynb"))  # the tutorial: test_tutorial
 LAYERS = (
     # 0: arrays, text and files. No model, no run.
     {"errors", "files", "provenance", "registry", "stats", "corpus", "corpora", "token_files",
