@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from transcoder_pass import baselines
@@ -262,10 +263,10 @@ def summarise(
     for name in replies[0]["same tokens"] if replies else ():
         if name != "original":
             same = [reply["same tokens"][name] for reply in replies]
-            found[f"generated as the original: {name}"] = stats.mean_ci(same)
+            found[f"generated as the original: {name}"] = stats.mean_ci(np.array(same))
         if replies[0]["right"]:
             right = [float(reply["right"][name]) for reply in replies]
-            found[f"questions right: {name}"] = stats.mean_ci(right)
+            found[f"questions right: {name}"] = stats.mean_ci(np.array(right))
     return found
 
 
