@@ -15,6 +15,8 @@ from typing import Literal
 
 from lens_utils.experiment import BaseConfig, Run, launch
 
+READS = ("017_transcoder_sweep",)
+
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
