@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 SMALL = 10_000_000  # parameters below which text is cheap
 SIZES = {  # (small model, quick run)
     (True, True): Sizes(12_000, 2, 3_000, 1_500, 1_500),
-    (True, False): Sizes(100_000, 2, 20_000, 2_000, 3_000),
+    (True, False): Sizes(80_000, 2, 20_000, 1_500, 2_500),
     # SmolLM2, one CPU core: 490 tokens a second up to the middle layer, 240 through all of it, and
     # 19,000 a second through the training of one transcoder of 8 x 576. So text is what costs, and
     # what it gives is used several times; the 20,000 held-out tokens alone are 40 seconds.
