@@ -17,6 +17,9 @@ other features reach there.
     fires   where features fire: all places, or a sample of them for each feature
     pool    tokens of the text at large, with everything that fires there
 
+Balanced accuracy says where a feature can fire, not that it does: a rare feature can have a common
+label. That is what `precision` is for.
+
 `all_fires(values, indices)` makes both of the complete codes of a few thousand tokens: then the
 accuracies are exact. A label is about the upper half of a feature's fires: TopK fills every
 token's k places, and the weakest of them are noise.
@@ -103,11 +106,13 @@ def explain(
     n_features: int,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per feature: feature, label, kind, fitted, accuracy, recall, auroc, shuffled, n.
+    """One row per feature: feature, label, kind, fitted, accuracy, recall, precision, auroc,
+    shuffled, n_fit and n_held (fires that were counted).
 
     accuracy: balanced, of the label on held-out rows, between the upper half of the feature's
-    fires and the pool's tokens where it is silent; recall: its share of these fires. auroc: of the
-    feature's value, for whether a held-out token of the pool has the label. shuffled: the accuracy
+    fires and the pool's tokens where it is silent; recall: its share of these fires; precision: of
+    the held-out pool's tokens with the label, the share at which the feature fires at all. auroc:
+    of the feature's value, for whether a held-out token of the pool has the label. shuffled: the accuracy
     of labels of other features, drawn anew SHUFFLES times. NaN, and the label "too rare", with
     fewer than FEWEST fires on either side. Raises BadInput where all rows are on one side.
     """
@@ -132,6 +137,7 @@ def explain(
         "fitted": np.where(rules.kind >= 0, rules.fitted, np.nan),
         "accuracy": reached,
         "recall": recall,
+        "precision": precision(rules, kinds, sides[1][1]),
         "auroc": auroc_of(rules, kinds, sides[1][1]),
         "shuffled": shuffled,
         "n_fit": n_fit,
@@ -216,6 +222,13 @@ def labelled(rules: Rules, kinds: Sequence[Kind], pool: Pool) -> Int[ndarray, " 
         wanted = rules.codes[mine]
         found[mine] = np.where(wanted >= 0, counts[np.maximum(wanted, 0)], 0).sum(1)
     return found
+
+
+def precision(rules: Rules, kinds: Sequence[Kind], pool: Pool) -> Float[ndarray, " feature"]:
+    """Of the pool's tokens with each feature's label, the share at which the feature fires."""
+    right = pool.fires.feature[has(rules, kinds, pool.fires)]
+    share = _share(np.bincount(right, minlength=len(rules.kind)), labelled(rules, kinds, pool))
+    return np.where(rules.kind >= 0, share, np.nan)
 
 
 def auroc_of(rules: Rules, kinds: Sequence[Kind], pool: Pool) -> Float[ndarray, " feature"]:

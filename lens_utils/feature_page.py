@@ -19,16 +19,16 @@ from lens_utils.errors import BadInput
 from lens_utils.feature_stats import AFTER, BEFORE
 
 
-def page(path: Path, layer: int, examples: int = 16) -> str:
-    """The page of one layer. Raises BadInput for a file that is no atlas, or lacks the layer."""
+def page(shown: dict[str, Any]) -> str:
+    """The page of one layer's `content`."""
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    return template.replace("__TITLE__", f"Features of layer {layer}").replace(
-        "__DATA__", _inert(content(path, layer, examples))
-    )
+    title = f"Features of layer {shown['layer']}"
+    return template.replace("__TITLE__", title).replace("__DATA__", _inert(shown))
 
 
 def content(path: Path, layer: int, examples: int = 16) -> dict[str, Any]:
-    """What the page shows, as JSON has it."""
+    """What the page shows, as JSON has it. Raises BadInput for a file that is no atlas, or lacks
+    the layer."""
     features = feature_store.read(path, "features", layer)
     if not len(features):
         raise BadInput(f"{path} has no features of layer {layer}")
@@ -39,9 +39,10 @@ def content(path: Path, layer: int, examples: int = 16) -> dict[str, Any]:
     rows = {int(s): (list(part), int(part.index[0][1])) for s, part in text.groupby(level=0)}
     words: dict[str, int] = {}
     held = {f: part.head(examples) for f, part in shown.groupby("feature_id")}
+    written = {f: part.to_dict("records") for f, part in labels.groupby("feature_id")}
     listed = []
     for feature in features.to_dict("records"):
-        said = labels[labels.feature_id == feature["feature_id"]].to_dict("records")
+        said = written.get(feature["feature_id"], [])
         first = said[0] if said else {}
         own = held.get(feature["feature_id"], shown.head(0)).itertuples()
         listed.append({

@@ -89,6 +89,7 @@ def test_accuracy_is_counted_by_hand(found):
     counted = test & ((value >= least) | (value == 0))
     expected = balanced_accuracy_score(value[counted] > 0, digits[counted])
     assert row.accuracy == pytest.approx(expected, abs=1e-12)
+    assert row.precision == pytest.approx((value[test & digits] > 0).mean(), abs=1e-12)
     assert row.n_held == np.ceil((test & (value > 0)).sum() / 2)
     assert row.auroc == pytest.approx(roc_auc_score(digits[test], value[test]), abs=1e-12)
 

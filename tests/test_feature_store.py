@@ -76,7 +76,7 @@ def test_it_is_opened_to_read_only(atlas):
     refused = pytest.raises(sqlite3.OperationalError, match="readonly")
     with feature_store.opened(atlas[0]) as db, refused:
         db.execute("DELETE FROM features")
-    feature_page.page(atlas[0], 2)
+    feature_page.page(feature_page.content(atlas[0], 2))
     assert atlas[0].read_bytes() == before and len(list(atlas[0].parent.iterdir())) == 1
 
 
@@ -101,14 +101,14 @@ def test_bad_files_and_tables_are_one_line(atlas, tmp_path):
     with pytest.raises(BadInput, match="not 'users'"):
         feature_store.read(atlas[0], "users")
     with pytest.raises(BadInput, match="no features of layer 3"):
-        feature_page.page(atlas[0], 3)
+        feature_page.content(atlas[0], 3)
     lacking = {**atlas[1], "tokens": atlas[1]["tokens"].drop(columns="token")}
     with pytest.raises(BadInput, match="needs token in its table tokens"):
         feature_store.write(tmp_path / "new.sqlite", lacking, {})
 
 
 def test_no_text_ends_the_script(atlas):
-    page = feature_page.page(atlas[0], 2)
+    page = feature_page.page(feature_page.content(atlas[0], 2))
     data = page.split('type="application/json">')[1].split("</script>")[0]
     assert not re.search("[<>&]", data)
     assert json.loads(data) == json.loads(json.dumps(feature_page.content(atlas[0], 2)))
@@ -134,7 +134,7 @@ def browsed(page, fragment: str) -> str:
 @pytest.fixture(scope="module")
 def dom(atlas, tmp_path_factory):
     page = tmp_path_factory.mktemp("page") / "layer_2.html"
-    page.write_text(feature_page.page(atlas[0], 2), encoding="utf-8")
+    page.write_text(feature_page.page(feature_page.content(atlas[0], 2)), encoding="utf-8")
     return {fragment: browsed(page, fragment) for fragment in ("f=1", "q=NUMBER")}
 
 

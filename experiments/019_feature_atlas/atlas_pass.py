@@ -77,8 +77,11 @@ class Corpus:
         while total < tokens:
             pieces = reasoning_text.render(rng, split == "test")
             ids, labels = text_rows.labelled(self.model, pieces)
-            rows.append(Row([*self.model.bos, *ids], f"trace {split} {len(rows)}", "traces", split,
-                            ["mark"] * len(self.model.bos) + labels))  # fmt: skip
+            bos = self.model.bos
+            whole = Row([*bos, *ids], f"trace {split} {len(rows)}", "traces", split,
+                        ["mark"] * len(bos) + labels)  # fmt: skip
+            fits = self.model.n_ctx
+            rows.append(whole._replace(ids=whole.ids[:fits], labels=whole.labels[:fits]))
             total += len(ids)
         return rows
 

@@ -112,18 +112,20 @@ def atlas(
     about = {"model": corpus.model.identity, "layers": corpus.layers, "text": corpus.said(),
              "transcoders": run.cfg.transcoders}  # fmt: skip
     path = run.folder / "atlas.sqlite"
-    shown = pd.concat([examples(corpus, held, layer) for layer in corpus.layers])
+    found = pd.concat([examples(corpus, held, layer) for layer in corpus.layers])
     feature_store.write(
-        path, {"features": stats, "explanations": labels, "examples": shown, "tokens": text}, about
+        path, {"features": stats, "explanations": labels, "examples": found, "tokens": text}, about
     )
     pages = []
     for layer in corpus.layers:
         place = run.folder / "atlas" / f"layer_{layer}.html"
-        files.write(place.with_suffix(".json"), feature_page.content(path, layer))
-        files.write_bytes(place, feature_page.page(path, layer).encode())
+        shown = feature_page.content(path, layer)
+        compact = json.dumps(shown, ensure_ascii=False, separators=(",", ":"))
+        files.write_bytes(place.with_suffix(".json"), compact.encode())
+        files.write_bytes(place, feature_page.page(shown).encode())
         pages.append(f"atlas/{place.name}")
     return {"database": path.name, "bytes": path.stat().st_size, "sha256": files.sha256(path),
-            "pages": pages, "features": len(stats), "examples": len(shown),
+            "pages": pages, "features": len(stats), "examples": len(found),
             "explanations": len(labels)}  # fmt: skip
 
 
@@ -151,8 +153,9 @@ def summarise(
         "held-out balanced accuracy of the labels": mean_ci(known.accuracy.to_numpy()),
         "the same, labels of other features": mean_ci(known.shuffled.to_numpy()),
         "held-out AUROC of a feature for its label": mean_ci(known.auroc.to_numpy()),
+        "share of tokens with the label at which the feature fires":
+            mean_ci(known.precision.to_numpy()),
         "labels of accuracy 0.9 and more (%)": 100 * float((known.accuracy >= 0.9).mean()),
-        "labels called unclear (%)": 100 * float(known.label.str.startswith("unclear").mean()),
     }  # fmt: skip
     about = known.kind.map(ABOUT).fillna("tokens around")
     for group in ("the token", "tokens around", "the part", "the kind of text", "the position"):
