@@ -112,9 +112,9 @@ def explain(
     accuracy: balanced, of the label on held-out rows, between the upper half of the feature's
     fires and the pool's tokens where it is silent; recall: its share of these fires; precision: of
     the held-out pool's tokens with the label, the share at which the feature fires at all. auroc:
-    of the feature's value, for whether a held-out token of the pool has the label. shuffled: the accuracy
-    of labels of other features, drawn anew SHUFFLES times. NaN, and the label "too rare", with
-    fewer than FEWEST fires on either side. Raises BadInput where all rows are on one side.
+    of the feature's value, for whether a held-out token of the pool has the label. shuffled: the
+    accuracy of labels of other features, drawn anew SHUFFLES times. NaN, and the label "too rare",
+    with fewer than FEWEST fires on either side. Raises BadInput where all rows are on one side.
     """
     if not (tokens.held[pool.token].any() and (~tokens.held[pool.token]).any()):
         raise BadInput("labels need rows to fit and other rows to test on, at least one of each")
