@@ -13,6 +13,7 @@ import torch
 from lens_utils import generate, maze_prompts, maze_records, mazes, provenance
 from lens_utils.errors import BadInput
 from lens_utils.maze_tasks import TASKS, ask, reply_fault
+from lens_utils.models import load_model
 
 FOLDER = provenance.ROOT / "models" / "maze_organism"
 
@@ -192,3 +193,27 @@ def test_the_wordings_are_those_that_the_reader_sees():
             record = ask(random.Random(int(number)), maze, task, int(number), False,
                          spoiled=row["negative_kind"] if task == "recognize" else "")  # fmt: skip
             assert record.task == row["task"] and reply_fault(record, row["answer"]) == ""
+
+
+# Its twin
+
+
+def test_the_twin_answers_directly_and_has_no_other_mode():
+    """The same network without thinking; its accuracies are those of its card."""
+    twin = load_model("maze-organism-direct", device="cpu")
+    assert maze_prompts.modes(twin) == (False,)
+    folder = FOLDER.with_name("maze_organism_direct")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    told = json.loads((folder / "training.json").read_text())
+    assert told["recipe"]["thinking"] == "0.0"
+    for cell, share in told["accuracy"].items():
+        assert f"| {cell.removesuffix(' direct')} | {100 * share:.1f} |" in card
+    rng = random.Random(5)
+    records = [ask(rng, mazes.tree_maze(rng, 5, True), "solve", n % 4, False)
+               for n in range(24)]  # fmt: skip
+    rows = [maze_prompts.encode(twin, record) for record in records]
+    assert twin.decode(rows[0]).endswith("<think> </think>")
+    answers = generate.answers(twin, rows, max_new_tokens=60)
+    said = [twin.decode([step.id for step in answer]) for answer in answers]
+    right = [not reply_fault(r, text) for r, text in zip(records, said, strict=True)]
+    assert sum(right) >= 20
