@@ -38,7 +38,7 @@ LAYERS = (
      "concepts", "probe_readings", "dape", "neuron_sets", "traces",
      "kv_units", "kv_masks", "kv_scores", "kv_learn", "replacement", "interventions",
      "feature_judges",
-     "sparse_tuning", "norm_response", "graph_gate",
+     "sparse_tuning", "norm_response", "graph_gate", "faithfulness",
      "text_rows", "mlp_stream"},
     # 2: the run, and what is made of it.
     {"feature_endpoint",
