@@ -26,25 +26,26 @@ def page(shown: dict[str, Any]) -> str:
     return template.replace("__TITLE__", title).replace("__DATA__", _inert(shown))
 
 
-def content(path: Path, layer: int, examples: int = 16) -> dict[str, Any]:
+def content(path: Path, layer: int) -> dict[str, Any]:
     """What the page shows, as JSON has it. Raises BadInput for a file that is no atlas, or lacks
     the layer."""
     features = feature_store.read(path, "features", layer)
     if not len(features):
         raise BadInput(f"{path} has no features of layer {layer}")
-    labels = feature_store.read(path, "explanations", layer)
-    tokens = feature_store.read(path, "tokens").set_index(["sequence_id", "token_idx"])
-    shown = feature_store.read(path, "examples", layer)
-    text = tokens.decoded_token
-    rows = {int(s): (list(part), int(part.index[0][1])) for s, part in text.groupby(level=0)}
+    # Rows as plain Python: pandas costs a thousand times as much, one row at a time.
+    labels = _by_feature(feature_store.read(path, "explanations", layer))
+    shown = _by_feature(feature_store.read(path, "examples", layer))
+    rows: dict[int, dict[int, str]] = {}
+    tokens = feature_store.read(path, "tokens")
+    for sequence, at, word in zip(*(tokens[c].tolist() for c in (
+            "sequence_id", "token_idx", "decoded_token")), strict=True):  # fmt: skip
+        rows.setdefault(sequence, {})[at] = word
     words: dict[str, int] = {}
-    held = {f: part.head(examples) for f, part in shown.groupby("feature_id")}
-    written = {f: part.to_dict("records") for f, part in labels.groupby("feature_id")}
     listed = []
     for feature in features.to_dict("records"):
-        said = written.get(feature["feature_id"], [])
+        said = labels.get(feature["feature_id"], [])
         first = said[0] if said else {}
-        own = held.get(feature["feature_id"], shown.head(0)).itertuples()
+        own = shown.get(feature["feature_id"], [])
         listed.append({
             "id": feature["feature_id"],
             "labels": [[s["source"], s["label"]] for s in said],
@@ -53,21 +54,27 @@ def content(path: Path, layer: int, examples: int = 16) -> dict[str, Any]:
             "promotes": json.loads(feature.get("promotes") or "[]"),
             "suppresses": json.loads(feature.get("suppresses") or "[]"),
             "histogram": json.loads(feature.get("histogram") or "[]"),
-            "examples": [_example(e, rows[e.sequence_id], words) for e in own],
+            "examples": [_example(e, rows[e["sequence_id"]], words) for e in own],
         })  # fmt: skip
     layers = feature_store.about(path).get("layers", [layer])
     return {"layer": layer, "layers": layers, "about": feature_store.about(path),
             "words": list(words), "features": listed}  # fmt: skip
 
 
-def _example(example: Any, row: tuple[list[str], int], words: dict[str, int]) -> list:
+def _by_feature(table: pd.DataFrame) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in table.to_dict("records"):
+        found.setdefault(row["feature_id"], []).append(row)
+    return found
+
+
+def _example(example: dict[str, Any], row: dict[int, str], words: dict[str, int]) -> list:
     """[sample, place of the peak, ids of words, values]."""
-    values = json.loads(example.around)
-    texts, first = row
-    start = example.token_idx - BEFORE - first
-    places = [n for n in range(BEFORE + 1 + AFTER) if 0 <= start + n < len(texts)]
-    ids = [words.setdefault(texts[start + n], len(words)) for n in places]
-    return [example.sample, places.index(BEFORE), ids, [values[n] for n in places]]
+    values = json.loads(example["around"])
+    start = example["token_idx"] - BEFORE
+    places = [n for n in range(BEFORE + 1 + AFTER) if start + n in row]
+    ids = [words.setdefault(row[start + n], len(words)) for n in places]
+    return [example["sample"], places.index(BEFORE), ids, [values[n] for n in places]]
 
 
 def _number(value: Any) -> float | None:

@@ -90,7 +90,7 @@ def read(path: Path, table: str, layer: int | None = None) -> pd.DataFrame:
         raise BadInput(f"an atlas has {', '.join(TABLES)}, not {table!r}")
     chosen = "" if layer is None else " WHERE layer = ?"
     with opened(path) as db:
-        return pd.read_sql(f"SELECT * FROM {table}{chosen}", db,
+        return pd.read_sql(f"SELECT * FROM {table}{chosen} ORDER BY rowid", db,
                            params=() if layer is None else (layer,))  # fmt: skip
 
 
