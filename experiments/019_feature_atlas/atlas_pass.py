@@ -42,6 +42,9 @@ class Corpus:
 
     @cached_property
     def transcoders(self) -> dict:
+        """By layer. A missing set of 018 is said before anything is loaded."""
+        if self.cfg.transcoders in transcoder_sets.SETS:
+            self.run.upstream("018_transcoders", f"{self.cfg.transcoders}.json")
         return transcoder_sets.load(self.run, self.cfg.transcoders)
 
     @cached_property
