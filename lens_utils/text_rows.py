@@ -89,6 +89,17 @@ def load(
     return Rows(found, said)
 
 
+def first(rows: Sequence[Row], tokens: int) -> list[Row]:
+    """Rows up to so many tokens."""
+    kept, total = [], 0
+    for row in rows:
+        if total >= tokens:
+            break
+        kept.append(row)
+        total += len(row.ids)
+    return kept
+
+
 def knows_mazes(model: LoadedModel) -> bool:
     """Whether a cell is one word of the model, as for the maze organisms."""
     return model.tokenizer is not None and len(model.encode("(0,1)", bos=False)) == 1

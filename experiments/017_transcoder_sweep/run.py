@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lens_utils import text_rows
 from lens_utils.experiment import BaseConfig, Run, launch
 
 
@@ -63,7 +64,7 @@ def main(cfg: Config, run: Run) -> None:
     named = run.stage("labels.csv", lambda: judge.labels(run, model, rows, held, plan, size.named))
     # 4. The model with one MLP replaced beside the model, on whole texts.
     replaced = judge.conditions(run, model, plan)
-    judged = judge.first(held, size.judged)
+    judged = text_rows.first(held, size.judged)
     found = run.chunks(
         "judged.parquet", judged, 16, lambda part: judge.judge(model, replaced, part)
     )

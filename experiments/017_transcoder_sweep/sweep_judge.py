@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from sweep_training import baselines, transcoders, unit
 
-from lens_utils import mlp_stream, stats
+from lens_utils import mlp_stream, stats, text_rows
 from lens_utils.experiment import Run
 from lens_utils.faithfulness import faithfulness
 from lens_utils.feature_facts import facts, make_tokens
@@ -24,17 +24,6 @@ from lens_utils.text_rows import Row
 ALL = "all pilot layers"
 DENSE = 0.1  # a feature that is active at more tokens is dense
 CLEAR = 0.75  # held-out balanced accuracy from which a label says something
-
-
-def first(rows: Sequence[Row], tokens: int) -> list[Row]:
-    """Rows up to so many tokens."""
-    kept, total = [], 0
-    for row in rows:
-        if total >= tokens:
-            break
-        kept.append(row)
-        total += len(row.ids)
-    return kept
 
 
 def everything(
@@ -112,7 +101,7 @@ def labels(
 ) -> pd.DataFrame:
     """Per layer and configuration, how well features can be told by one fact about the token:
     held-out balanced accuracy of their labels, and of other features' labels (the control)."""
-    sides = first(fit, tokens), first(test, tokens)
+    sides = text_rows.first(fit, tokens), text_rows.first(test, tokens)
     rows = [*sides[0], *sides[1]]
     spans = {"label": [row.labels for row in rows]} if all(row.labels for row in rows) else {}
     held = [False] * len(sides[0]) + [True] * len(sides[1])

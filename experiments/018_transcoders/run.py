@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from lens_utils import text_rows
 from lens_utils.experiment import BaseConfig, Run, launch
 
 READS = ("017_transcoder_sweep",)
@@ -72,7 +73,7 @@ def main(cfg: Config, run: Run) -> None:
     run.stage("trained.json", lambda: training.record(run, model, layers, recipe.k))
     # 3. On held-out text: what is active; and what it costs to replace one MLP, or all of them.
     held, _ = training.text(cfg, model, size.held_out, "test")
-    judged = faith.first(held, size.judged)
+    judged = text_rows.first(held, size.judged)
     counted = run.stage("features.parquet", lambda: faith.features(run, model, held, layers))
     replaced = faith.conditions(run, model, layers)
     found = run.chunks("judged.parquet", judged, 8, lambda part: faith.judge(model, replaced, part))

@@ -23,17 +23,6 @@ GIVEN, WRITTEN, TEXTS, ANSWERS = 24, 20, 8, 60  # tokens, tokens, windows, maze 
 ALONE = ("solve direct", "recognize direct", "recall direct")  # with one right answer
 
 
-def first(rows: Sequence[Row], tokens: int) -> list[Row]:
-    """Rows up to so many tokens."""
-    kept, total = [], 0
-    for row in rows:
-        if total >= tokens:
-            break
-        kept.append(row)
-        total += len(row.ids)
-    return kept
-
-
 def loaded(run: Run, model: LoadedModel, layers: Sequence[int], name: str = "trained") -> dict:
     """The set by layer, on the model's device."""
     held = load_transcoders(run.folder / name, model.bridge.cfg.d_model, layers)
