@@ -51,29 +51,29 @@ def faithfulness(
         check(model, replaced)
     readout = Readout(model.bridge)
     ids, mask = model.batch([row.ids for row in rows])
-    predicted = _predicted(model, rows, ids, mask, sinks)
+    places = predicted(model, rows, ids, mask, sinks)
     lowest = sorted({min(replaced) for replaced in conditions.values() if replaced})
     held = _clean(model, ids, lowest)
-    clean = held[hook(model.n_layers)][:, :-1][predicted]
-    truth = ids[:, 1:][predicted]
-    place = predicted.nonzero()[:, 0]
+    clean = held[hook(model.n_layers)][:, :-1][places]
+    truth = ids[:, 1:][places]
+    place = places.nonzero()[:, 0]
     found = [_described(rows, "original", place, *_compared(readout, clean, clean, truth))]
     for name, replaced in conditions.items():
         start = min(replaced, default=None)
         final = clean
         if start is not None:
             hooks = replacing(replaced, sinks)
-            final = resume_all(model, held[hook(start)], start, hooks)[:, :-1][predicted]
+            final = resume_all(model, held[hook(start)], start, hooks)[:, :-1][places]
         found.append(_described(rows, name, place, *_compared(readout, clean, final, truth)))
     return pd.concat(found, ignore_index=True)
 
 
-def _predicted(
+def predicted(
     model: LoadedModel,
     rows: Sequence[Row],
     ids: Int[Tensor, "row pos"],
     mask: Int[Tensor, "row pos"],
-    sinks: int,
+    sinks: int = 1,
 ) -> Bool[Tensor, "row before"]:
     """From which positions a next token is predicted that is worth predicting."""
     wanted = torch.zeros_like(mask, dtype=torch.bool)

@@ -20,7 +20,7 @@ After each step rows of W_dec are divided by their norms, and what of their grad
 them is taken out before it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -291,19 +291,6 @@ class Trainer:
         made.moments = {n: (of["first."][n], of["second."][n]) for n in of["first."]}
         made.silent, made.taken = state["silent"], int(state["taken"])
         return made
-
-
-def step_layers(
-    trainers: Mapping[int, Trainer],
-    number: int,
-    activations: Mapping[int, tuple[Float[Tensor, "token d_in"], Float[Tensor, "token d_out"]]],
-) -> dict[int, dict[str, float]]:
-    """Batch `number` of one pass over the text, for every layer that has not taken it yet.
-
-    A run killed between two layers' files leaves some ahead; they wait for the others.
-    """
-    return {layer: trainer.step(*activations[layer])
-            for layer, trainer in trainers.items() if trainer.taken <= number}  # fmt: skip
 
 
 # Linear baselines

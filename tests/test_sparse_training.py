@@ -22,7 +22,6 @@ from lens_utils.sparse_training import (
     gradients,
     mean_baseline,
     ridge,
-    step_layers,
 )
 
 D_IN, D_OUT, N, K = 12, 10, 48, 4
@@ -181,14 +180,6 @@ def test_a_resumed_training_gives_the_same_weights_bit_for_bit(tmp_path, skip):
     for name, weight in whole.transcoder().named_parameters():
         assert torch.equal(weight, getattr(again.transcoder(), name)), name
     assert torch.equal(whole.silent, again.silent)
-
-
-def test_layers_that_are_ahead_wait(tmp_path):
-    trainers = {layer: Trainer.start(RECIPE, *activations(500)) for layer in (2, 5)}
-    batch = dict.fromkeys(trainers, activations(64))
-    trainers[2].step(*batch[2])
-    assert step_layers(trainers, 0, batch).keys() == {5}
-    assert step_layers(trainers, 1, batch).keys() == {2, 5}
 
 
 @pytest.mark.parametrize("where", ["x", "y"])

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-import torch
+import torch.nn.functional as F
 
-from lens_utils import files, mlp_stream, text_rows, transcoder_sets
+from lens_utils import files, mlp_stream, transcoder_sets
 from lens_utils.experiment import Run
-from lens_utils.mlp_stream import kept
+from lens_utils.faithfulness import predicted
 from lens_utils.models import LoadedModel
 from lens_utils.sparse import Transcoder
 from lens_utils.sparse_files import save_layer
@@ -41,24 +41,14 @@ def tune(
     for number in run.track(range(tuner.taken, len(spans)), "tuning"):
         part = rows[slice(*spans[number])]
         ids, mask = model.batch([row.ids for row in part])
-        curve.append({"step": number, "kl": tuner.step(ids, predicting(model, part, ids, mask))})
+        counted = F.pad(predicted(model, part, ids, mask), (0, 1))
+        curve.append({"step": number, "kl": tuner.step(ids, counted)})
         if tuner.taken % SAVE == 0:
             files.write(curve_file, pd.DataFrame(curve))
             tuner.save(state)
     for layer, transcoder in tuner.transcoders().items():
         save_layer(run.folder / "tuned", layer, transcoder)
     return pd.DataFrame(curve)
-
-
-def predicting(
-    model: LoadedModel, rows: Sequence[Row], ids: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Positions whose next token is worth predicting, neither padding nor sinks."""
-    wanted = torch.zeros_like(mask, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        asked = text_rows.asked_for(row)[1:]
-        wanted[i, : len(asked)] = torch.tensor(asked, device=mask.device)
-    return kept(model, ids, mask) & wanted
 
 
 def record(run: Run, model: LoadedModel, layers: Sequence[int], k: int) -> dict[str, Any]:
